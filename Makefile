@@ -1,0 +1,44 @@
+# Everything starts here: make demo, make test. Both make .venv first; nothing else needs to be installed.
+#
+#   make demo VENV_FLAGS=--system-site-packages    reuse a torch that is already installed (2.9 or newer, CUDA too)
+#   make demo PYTHON=python3.12                    another Python, 3.11 or newer
+
+PYTHON ?= python3
+VENV_FLAGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test test-long check fix build clean
+
+demo: .venv/ready
+	$(BIN)/trimtab demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+test-long: .venv/ready
+	$(BIN)/python -m pytest -m long
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: .venv/ready
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache
+
+# The pinned torch is left out where the environment brings one of 2.9 or newer (VENV_FLAGS above).
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "trimtab needs Python 3.11 or newer: make PYTHON=..."'
+	$(PYTHON) -m venv $(VENV_FLAGS) .venv
+	$(BIN)/python -c 'import re; from importlib.metadata import version; \
+	    assert tuple(map(int, re.findall(r"\d+", version("torch"))[:2])) >= (2, 9)' 2>/dev/null \
+	    && grep -v '^torch==' constraints.txt > .venv/constraints.txt || cp constraints.txt .venv/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[demo,dev]'
+	touch $@

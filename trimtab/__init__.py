@@ -1,0 +1,55 @@
+"""trimtab fine-tunes, judges and uses LoRA adapters for text classification, on the computer you already have.
+
+    import trimtab
+
+    run = trimtab.train("reviews.csv")
+    classifier = trimtab.load(run.path)
+    classifier.predict(["What a wonderful film."])[0].label
+
+Names are imported on first use: `import trimtab` alone takes milliseconds and does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.api import evaluate, load, train
+    from trimtab.config import Recipe
+    from trimtab.errors import TrimtabError
+    from trimtab.predict import Classifier, Prediction
+    from trimtab.training import Run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Classifier",
+    "Prediction",
+    "Recipe",
+    "Run",
+    "TrimtabError",
+    "__version__",
+    "evaluate",
+    "load",
+    "train",
+]
+
+_HOMES = {
+    "Classifier": "predict",
+    "Prediction": "predict",
+    "Recipe": "config",
+    "Run": "training",
+    "TrimtabError": "errors",
+    "evaluate": "api",
+    "load": "api",
+    "train": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+    return getattr(import_module(f"trimtab.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,106 @@
+"""Checkpoints: `checkpoints/step-000063/` with everything that resuming needs. The only place that writes state.
+
+A checkpoint is written beside its place, flushed to disk file by file with a manifest of sha256 sums last, and
+renamed: it is whole or it is not there. Reading takes the newest one whose sums are right.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from trimtab.errors import ArtefactError
+
+_KEPT = 2  # newest checkpoints that stay, beside the best one
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its folder, its tensors and its state."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def write(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
+    """Writes `folder/step-<step>` atomically and returns it; one that is there already is replaced."""
+    final = folder / f"step-{step:06d}"
+    draft = folder / f".tmp-{step:06d}-{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    contents = {
+        "tensors.safetensors": save({name: tensor.detach().contiguous() for name, tensor in sorted(tensors.items())}),
+        "state.json": (json.dumps(state, indent=1) + "\n").encode(),
+    }
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    contents["manifest.json"] = (
+        json.dumps({"schema_version": 1, "step": step, "sha256": sums}, indent=1) + "\n"
+    ).encode()
+    for name, data in contents.items():
+        with (draft / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync_folder(draft)
+    if final.exists():
+        shutil.rmtree(final)
+    draft.rename(final)
+    _sync_folder(folder)
+    return final
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads one checkpoint.
+
+    Raises:
+        ArtefactError: a file is missing or is not what the manifest says.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        contents = {name: (path / name).read_bytes() for name in manifest["sha256"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(
+            "checkpoint.incomplete", f"This checkpoint is not whole: {error}", where=str(path)
+        ) from None
+    for name, data in contents.items():
+        if hashlib.sha256(data).hexdigest() != manifest["sha256"][name]:
+            raise ArtefactError(
+                "checkpoint.damaged", f"{name} is not what was written: its sha256 differs.", where=str(path)
+            )
+    return Checkpoint(path, load(contents["tensors.safetensors"]), json.loads(contents["state.json"]))
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and why newer ones were passed over; damaged ones are set aside."""
+    skipped: list[str] = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return read(path), skipped
+        except ArtefactError as error:
+            skipped.append(f"{path.name}: {error.what}")
+            path.rename(path.with_name(f".damaged-{path.name}"))
+    return None, skipped
+
+
+def prune(folder: Path, best_step: int) -> None:
+    """Deletes all but the newest two checkpoints and the best one."""
+    for path in sorted(folder.glob("step-*"))[:-_KEPT]:
+        if path.name != f"step-{best_step:06d}":
+            shutil.rmtree(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a directory cannot be opened, and renames are flushed by the system
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,143 @@
+"""What is special to text classification: labels and their names, the loss, the forward to logits, the metrics."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trimtab.batching import collate, evaluation_plan
+from trimtab.errors import RecipeError, did_you_mean, some
+from trimtab.tokens import Encoded
+
+LANGUAGES = ("zh", "en")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels in their fixed order; index i is the model's logit i."""
+
+    values: tuple[str, ...]
+    """As they stand in the training file."""
+    names: tuple[str, ...] = ()
+    """Display names `zh/en`, one for each value; empty: the values are the names."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def index(self) -> dict[str, int]:
+        """From label to its logit."""
+        return {value: i for i, value in enumerate(self.values)}
+
+    def name(self, i: int, language: str = "") -> str:
+        """The display name of label i: in one language, or `zh/en` as given where `language` is empty."""
+        if not self.names:
+            return self.values[i]
+        parts = self.names[i].split("/")
+        return parts[LANGUAGES.index(language)] if language and len(parts) == len(LANGUAGES) else self.names[i]
+
+
+def make_labels(values: Sequence[str], names: Mapping[str, str]) -> Labels:
+    """Joins the labels of the data with the display names of the recipe.
+
+    Raises:
+        RecipeError: a name is given for a label that the data does not have.
+    """
+    unknown = [label for label in names if label not in values]
+    if unknown:
+        raise RecipeError(
+            "data.names",
+            f'"{unknown[0]}" gets a name, but no row has that label. Labels: {some(values, 20)}.'
+            + did_you_mean(unknown[0], values),
+            where="data.names",
+            mend="--names LABEL=NAME,LABEL=NAME with the labels as they stand in the file",
+        )
+    return Labels(tuple(values), tuple(names.get(value, value) for value in values) if names else ())
+
+
+def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over rows: logits float32[B, C], labels int64[B] -> float32 scalar."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def compute_logits(
+    model: torch.nn.Module,
+    encoded: Encoded,
+    pad_id: int,
+    *,
+    after_batch: Callable[[int], None] = lambda rows: None,
+) -> npt.NDArray[np.float32]:
+    """Runs every row through the model without gradients: float32[n, C], in the order of the rows."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    pieces: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
+    with torch.inference_mode():
+        for rows in evaluation_plan(encoded.lengths):
+            batch = collate(encoded, rows, pad_id)
+            output = model(
+                input_ids=torch.from_numpy(batch.input_ids).to(device),
+                attention_mask=torch.from_numpy(batch.attention_mask).to(device, torch.int64),
+            )
+            pieces.append((rows, output.logits.float().cpu().numpy()))
+            after_batch(len(rows))
+    model.train(was_training)
+    if not pieces:
+        return np.zeros((0, 0), np.float32)
+    logits = np.zeros((len(encoded), pieces[0][1].shape[1]), np.float32)
+    for rows, piece in pieces:
+        logits[rows] = piece
+    return logits
+
+
+def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Probabilities float64[n, C]."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+
+
+def metrics(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
+    """Scores of n rows, logits float32[n, C] against labels int64[n].
+
+    Returns:
+        eval_rows, loss (mean negative log-likelihood), accuracy, accuracy_ci95 [low, high], macro_f1 (over the
+        classes that occur or are answered), majority_accuracy (always answering the commonest of these rows), and
+        per_class: precision, recall, f1, rows for each label.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    answers = logits.argmax(axis=1)
+    correct = int((answers == labels).sum())
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, answers, labels=range(len(names)), zero_division=0.0
+    )
+    occurs = (support > 0) | np.isin(np.arange(len(names)), answers)
+    log_probability = np.log(np.maximum(softmax(logits)[np.arange(len(labels)), labels], 1e-300))
+    return {
+        "eval_rows": len(labels),
+        "loss": float(-log_probability.mean()),
+        "accuracy": correct / len(labels),
+        "accuracy_ci95": list(wilson(correct, len(labels))),
+        "macro_f1": float(f1[occurs].mean()),
+        "majority_accuracy": float(np.bincount(labels).max() / len(labels)),
+        "per_class": {
+            name: {
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+                "rows": int(support[i]),
+            }
+            for i, name in enumerate(names)
+        },
+    }
+
+
+def wilson(correct: int, rows: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927); it stays within 0 and 1 and holds for few rows."""
+    share = correct / rows
+    centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,370 @@
+"""The command line: parse -> call one function -> print. No logic lives here, and nothing heavy is imported early."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from trimtab.errors import TrimtabError
+
+Observer = Callable[[Mapping[str, Any]], None]
+
+app = typer.Typer(
+    help="Fine-tune, judge and use LoRA adapters for text classification.\n\n"
+    "Start with: trimtab demo, or trimtab train FILE",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Data for programs on stdout, nothing else.")]
+Text = Annotated[str | None, typer.Option("--text", help="Name of the text column; else found by its name.")]
+Label = Annotated[str | None, typer.Option("--label", help="Name of the label column; else found by its name.")]
+BaseOption = Annotated[str | None, typer.Option("--base", help="Base model: a folder or a hub id.")]
+BadRows = Annotated[
+    str | None,
+    typer.Option("--bad-rows", metavar="error|skip", help="Rows that cannot be used: stop, or set aside."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the recipe, as in lora.r=16; again for more."),
+]
+
+
+@app.command()
+def train(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE...]",
+            help="Labelled rows: parquet, CSV, TSV, JSONL, .gz, a glob or hf://datasets/...",
+        ),
+    ] = None,
+    eval_files: Annotated[
+        list[str] | None,
+        typer.Option("--eval", metavar="FILE", help="Rows that choose the epoch; else a tenth of FILE."),
+    ] = None,
+    test_files: Annotated[
+        list[str] | None,
+        typer.Option("--test", metavar="FILE", help="Rows scored once, at the end: then the headline."),
+    ] = None,
+    text: Text = None,
+    label: Label = None,
+    names: Annotated[
+        str | None,
+        typer.Option(metavar="LABEL=ZH/EN,...", help="Display names: 0=差评/negative,1=好评/positive"),
+    ] = None,
+    base: BaseOption = None,
+    recipe: Annotated[
+        str,
+        typer.Option(metavar="NAME|FILE", help="default, tutorial, or a TOML file such as RUN/recipe.toml."),
+    ] = "default",
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The run directory; else a new one under ./runs.")
+    ] = None,
+    settings: Settings = None,
+    bad_rows: BadRows = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check the data, print the recipe with the origin of each value, stop."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune an adapter on labelled files."""
+    from trimtab import config, console, training
+
+    flags = {
+        "data.train": tuple(files or ()),
+        "data.eval": tuple(eval_files or ()),
+        "data.test": tuple(test_files or ()),
+        "data.text": text,
+        "data.label": label,
+        "data.names": names,
+        "base.model": base,
+        "data.bad_rows": bad_rows,
+    }
+    layered = config.assemble(recipe, {key: value for key, value in flags.items() if value}, settings or [])
+    if dry_run:
+        from trimtab.resolve import resolve
+
+        job = resolve(layered)
+        if as_json:
+            _json(
+                {
+                    "recipe": job.recipe.model_dump(mode="json"),
+                    "origins": job.layered.origins,
+                    "warnings": job.warnings,
+                }
+            )
+        else:
+            print(config.dump(job.layered), end="")
+            for warning in job.warnings:
+                print(f"! {warning}", file=sys.stderr)
+        return
+    with console.progress() as printed, _resume_hint() as noted:
+        observe = _both(noted, _json_event if as_json else printed)
+        run = training.resume(resume, observe=observe) if resume else training.train(layered, out=out, observe=observe)
+    if not as_json:
+        shown = _shown(run.path)
+        print(f'all of it in {shown}; try it:\n  trimtab predict {shown} "a text of yours"')
+
+
+@app.command()
+def predict(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="RUN|ADAPTER", help="A run directory such as runs/latest, or an adapter folder."),
+    ],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT...]", help="Texts; none: lines from stdin.")
+    ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option("--file", metavar="FILE", help="Texts from a file, any format that train reads."),
+    ] = None,
+    text: Text = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write CSV, JSONL or parquet: the input's columns and the answers."),
+    ] = None,
+    lang: Annotated[str, typer.Option(metavar="zh|en", help="Language of the label names.")] = "",
+    base: BaseOption = None,
+    as_json: Json = False,
+) -> None:
+    """Label texts with an adapter."""
+    from trimtab import files as answer_files
+    from trimtab.predict import load
+
+    if lang not in ("", "zh", "en"):
+        _usage(f'--lang is zh or en, not "{lang}".')
+    if bool(texts) + bool(file) > 1:
+        _usage("Give texts or --file, not both.")
+    table = answer_files.read(file, text or "auto") if file else None
+    given = table.texts if table else list(texts or _stdin_lines())
+    if out:
+        answer_files.check_writable(out)
+    classifier = load(path, base=base)
+    predictions = classifier.predict(given)
+    if out:
+        answer_files.write(out, table or answer_files.as_table(given), predictions)
+        print(f"{len(predictions):,} rows in {out}", file=sys.stderr)
+    elif as_json:
+        for prediction in predictions:
+            named = (
+                {"name": classifier.labels.name(classifier.labels.values.index(prediction.label), lang)} if lang else {}
+            )
+            _json(asdict(prediction) | named)
+    else:
+        for line in answer_files.table_lines(predictions, classifier.labels, lang):
+            print(line)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[str, typer.Argument(metavar="RUN|ADAPTER")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Labelled rows.")],
+    text: Text = None,
+    label: Label = None,
+    base: BaseOption = None,
+    bad_rows: BadRows = None,
+    as_json: Json = False,
+) -> None:
+    """Score an adapter on labelled files."""
+    from trimtab import evaluation, report
+
+    if bad_rows not in (None, "error", "skip"):
+        _usage(f'--bad-rows is error or skip, not "{bad_rows}".')
+    scores = evaluation.evaluate(
+        path, files, base=base, text=text or "auto", label=label or "auto", skip_bad=bad_rows == "skip"
+    )
+    if as_json:
+        _json(scores)
+    else:
+        for line in report.score_lines(scores):
+            print(line)
+
+
+@app.command()
+def params(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A folder or a hub id.")],
+    settings: Settings = None,
+    labels: Annotated[int, typer.Option(min=2, help="Number of labels of the head.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Count what LoRA would train on a base, without training."""
+    from trimtab import config, report, training
+
+    parameters = training.count_parameters(config.assemble(flags={"base.model": base}, settings=settings or []), labels)
+    if as_json:
+        _json(parameters)
+    else:
+        for line in [*report.layer_lines(parameters), *report.parameter_lines(parameters)]:
+            print(line)
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(metavar="RUN|ADAPTER")],
+    base: BaseOption = None,
+    as_json: Json = False,
+) -> None:
+    """Compute an adapter's stored answers again and compare."""
+    from trimtab import evaluation
+
+    found = evaluation.verify(path, base=base)
+    if as_json:
+        _json({"ok": found.ok, **asdict(found)})
+    else:
+        verdict = "good" if found.ok else "BAD"
+        print(f"{verdict}: {found.rows} stored answers, largest difference {found.largest_difference:.2g}")
+    if not found.ok:
+        raise typer.Exit(7)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The run directory; else a new one under ./runs.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Fine-tune on real film reviews and label five sentences; needs no hub and no file."""
+    from trimtab import console, report, training
+    from trimtab import demo as parts
+    from trimtab import files as answer_files
+    from trimtab.config import parse_settings
+    from trimtab.predict import load
+
+    train_file, eval_file = parts.prepare(Path("runs/demo-data"))
+    print(f"data    {_shown(train_file)} (20,000 reviews) and {_shown(eval_file)} (5,000)")
+    print("recipe  tutorial, on all-MiniLM-L6-v2 instead of roberta-base: 4 times smaller, and it needs no hub")
+    layered = parts.recipe(train_file, eval_file).override(parse_settings(settings or []), "--set")
+    with console.progress(sys.stdout) as printed, _resume_hint() as noted:
+        run = training.train(layered, out=out, observe=_both(noted, printed))
+    shown = _shown(run.path)
+    classifier = load(run.path)
+    print(f"\n$ trimtab predict {shown} ...   (five sentences that nobody trained on)")
+    predictions = classifier.predict(list(parts.SENTENCES.values()))
+    for line in answer_files.table_lines(predictions, classifier.labels, "", notes=list(parts.SENTENCES)):
+        print(line)
+    for line in report.next_steps(shown):
+        print(line)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Tell whether this machine is ready, and what to mend."""
+    from trimtab import doctor as checks
+
+    found = checks.diagnose()
+    if as_json:
+        _json({"checks": [asdict(check) for check in found]})
+    else:
+        for check in found:
+            print(f"{check.level:<9} {check.name:<16} {check.found}")
+            if check.mend:
+                print(f"{'':<26} mend: {check.mend}")
+        bad = sum(check.level == "bad" for check in found)
+        doubtful = sum(check.level == "doubtful" for check in found)
+        print(f"{len(found) - bad - doubtful} good, {doubtful} doubtful, {bad} bad")
+    if any(check.level == "bad" for check in found):
+        raise typer.Exit(5)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Handle --version."""
+    if version:
+        from trimtab import __version__
+
+        print(f"trimtab {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a command; every error of ours becomes its message and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A console that cannot show a character gets a question mark, never a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        app(standalone_mode=True)
+    except TrimtabError as error:
+        print(f"error [{error.code}]: {error}", file=sys.stderr)
+        if "--json" in sys.argv:
+            _json(
+                {
+                    "error": {
+                        "code": error.code,
+                        "message": error.what,
+                        "where": error.where,
+                        "mend": error.mend,
+                    }
+                }
+            )
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def _json_event(event: Mapping[str, Any]) -> None:
+    if event["event"] != "progress":
+        _json(event)
+
+
+def _both(first: Observer, second: Observer) -> Observer:
+    def observe(event: Mapping[str, Any]) -> None:
+        first(event)
+        second(event)
+
+    return observe
+
+
+def _usage(problem: str) -> NoReturn:
+    print(f"error [usage]: {problem}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def _stdin_lines() -> list[str]:
+    if sys.stdin.isatty():
+        print("one text a line, then Ctrl-D:", file=sys.stderr)
+    return [line for line in (raw.rstrip("\r\n") for raw in sys.stdin) if line.strip()]
+
+
+def _shown(path: Path) -> str:
+    """A path as a user would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+@contextmanager
+def _resume_hint() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Says how to go on when Ctrl-C stops a run that has begun."""
+    run = ""
+
+    def note(event: Mapping[str, Any]) -> None:
+        nonlocal run
+        run = str(event.get("run", run))
+
+    try:
+        yield note
+    except KeyboardInterrupt:
+        hint = f"go on with:\n  trimtab train --resume {_shown(Path(run))}" if run else "nothing was written"
+        print(f"\nstopped; {hint}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,138 @@
+"""What people see of a run: one live line on a terminal, a line now and then elsewhere. Made from events alone."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from trimtab.report import parameter_lines, score_line
+
+_SPARSE_S = 10.0  # seconds between two step lines where there is no live line
+_WIDTH = 100
+
+
+@contextmanager
+def progress(stream: TextIO | None = None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yields an observer that prints events to `stream` (stderr by default); the live line is gone at the end."""
+    target = stream or sys.stderr
+    live = _LiveLine(target) if target.isatty() else None
+    last = 0.0
+
+    def observe(event: Mapping[str, Any]) -> None:
+        nonlocal last
+        if event["event"] == "progress":
+            if live:
+                live.show(_progress_text(event))
+            return
+        if event["event"] == "step":
+            if live or time.monotonic() - last < _SPARSE_S:
+                return
+            last = time.monotonic()
+        if live:
+            live.clear()
+        for line in event_lines(event):
+            print(line, file=target, flush=True)
+
+    try:
+        yield observe
+    finally:
+        if live:
+            live.clear()
+
+
+class _LiveLine:
+    """One line that is written over; a carriage return and blanks are all it needs, on any terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.length, self.began, self.last = stream, 0, time.monotonic(), 0.0
+
+    def show(self, text: str) -> None:
+        if time.monotonic() - self.last < 0.2:
+            return
+        self.last = time.monotonic()
+        line = text[:_WIDTH]
+        self.stream.write("\r" + line + " " * max(0, self.length - len(line)))
+        self.stream.flush()
+        self.length = len(line)
+
+    def clear(self) -> None:
+        if self.length:
+            self.stream.write("\r" + " " * self.length + "\r")
+            self.stream.flush()
+            self.length = 0
+
+
+def _progress_text(event: Mapping[str, Any]) -> str:
+    if "evaluated" in event:
+        return f"  evaluating {event['evaluated']:,} of {event['eval_rows']:,} rows"
+    share = event["step"] / event["steps"]
+    return (
+        f"  [{'#' * int(20 * share):<20}] step {event['step']:,}/{event['steps']:,}  loss {event['loss']:.3f}  "
+        f"{event['tokens_per_s']:,.0f} tokens/s  {duration(event['remaining_s'])} left"
+    )
+
+
+def event_lines(event: Mapping[str, Any]) -> list[str]:
+    """The lines that an event is worth on paper."""
+    kind = event["event"]
+    if kind == "start":
+        return _start_lines(event)
+    if kind == "warning":
+        return [f"! {event['text']}"]
+    if kind == "resume":
+        return [f"resume  from {event['path']}"]
+    if kind == "step":
+        return [
+            f"step    {event['step']:,}/{event['steps']:,}  loss {event['loss']:.4f}  "
+            f"learning rate {event['learning_rate']:.2e}  {event['tokens_per_s']:,.0f} tokens/s"
+        ]
+    if kind == "eval":
+        return [
+            f"epoch   {event['epoch']}  evaluation loss {event['loss']:.4f}  accuracy {event['accuracy']:.4f}  "
+            f"macro F1 {event['macro_f1']:.4f}{'  best so far' if event['best'] else ''}"
+        ]
+    if kind == "end":
+        return _end_lines(event)
+    return []
+
+
+def _start_lines(event: Mapping[str, Any]) -> list[str]:
+    recipe = event["recipe"]
+    labels = event["labels"]
+    shown = ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
+    return [
+        f"run     {event['run']}",
+        f"data    {event['rows']:,} rows to train on, {event['eval_rows']:,} to evaluate"
+        + (f", {event['test_rows']:,} to test" if event["test_rows"] else "")
+        + f"; text <- {recipe['data']['text']}, label <- {recipe['data']['label']}",
+        f"labels  {len(labels)}: {shown}",
+        f"base    {event['base_line']}",
+        f"on      {event['placement']}",
+        *(f"        {line}" for line in parameter_lines(event["parameters"])),
+        f"plan    {recipe['train']['num_epochs']} epochs of {event['steps_per_epoch']:,} steps, batches of "
+        f"{recipe['train']['batch_size']}, learning rate {recipe['train']['learning_rate']:g}, "
+        f"cut at {recipe['data']['max_length']} tokens",
+    ]
+
+
+def _end_lines(event: Mapping[str, Any]) -> list[str]:
+    scores = event["metrics"]
+    where = "test rows, seen once" if scores["scored_on"] == "test" else "evaluation rows, which also chose the epoch"
+    return [
+        f"done    {score_line(scores)}",
+        f"        on the {where}; epoch {scores['epoch']}; "
+        f"{duration(scores['train_seconds'])} of training, {scores['peak_rss_bytes'] / 1e9:.2f} GB at most",
+        f"        adapter of {scores['adapter_bytes'] / 1e3:,.0f} kB, loaded again in a fresh process: "
+        f"largest difference {scores['largest_difference_after_reload']:.1g}",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3_600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3_600} h {whole % 3_600 // 60} min"

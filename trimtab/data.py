@@ -1,0 +1,588 @@
+"""Labelled files -> examples. Every problem of format or content ends here, with file, line, value and mend.
+
+Reads parquet, CSV, TSV and JSONL (also gzipped), several files, globs and hf:// addresses; finds the text and
+the label column; checks every row; draws and splits rows. Knows nothing of tokens or torch.
+"""
+
+import csv
+import glob
+import gzip
+import io
+import json
+import math
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trimtab.errors import DataError, did_you_mean, some
+from trimtab.hub import fetch_data_file, file_sha256
+
+TEXT_COLUMNS = (
+    *("text", "review", "sentence", "content", "comment", "body", "message", "question", "utterance"),
+    *("文本", "内容", "评论", "句子", "正文"),
+)
+LABEL_COLUMNS = (
+    *("label", "labels", "target", "class", "category", "intent", "sentiment", "y"),
+    *("标签", "类别", "情感", "分类", "意图"),
+)
+
+_SUFFIXES = {
+    ".csv": ",",
+    ".tsv": "\t",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+_MENDS = {
+    "ragged": 'quote the text: a comma inside it needs "..." around the cell; or set such rows aside: --bad-rows skip',
+    "null": "fill the cell, or set such rows aside: --bad-rows skip",
+    "empty": "fill the cell, or set such rows aside: --bad-rows skip",
+    "not text": "the text column must hold strings: --text COLUMN; or set such rows aside: --bad-rows skip",
+    "not a label": "a label is a string, a whole number or true/false; or set such rows aside: --bad-rows skip",
+    "not JSON": 'one object a line: {"text": ..., "label": ...}; or set such rows aside: --bad-rows skip',
+    "not an object": 'a line of JSONL is one object: {"text": ..., "label": ...}; or: --bad-rows skip',
+    "unknown label": "correct the label, add such rows to the training file, or set them aside: --bad-rows skip",
+    "mixed kinds": "write all labels as one kind, or set the rarer kind aside: --bad-rows skip",
+}
+
+
+class Example(NamedTuple):
+    """One labelled text, and where it stands."""
+
+    text: str
+    label: str
+    file: str
+    line: int
+    """Line of a CSV or JSONL file, row of a parquet file; from 1."""
+
+
+class Reject(NamedTuple):
+    """A row that cannot be used."""
+
+    file: str
+    line: int
+    reason: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file as columns of plain values."""
+
+    path: Path
+    columns: dict[str, list[Any]]
+    lines: list[int]
+    """Where each row stands: line of a text file (of its last line, where a cell has several), row of a parquet."""
+    ragged: list[Reject] = field(default_factory=list)
+    encoding: str = "UTF-8"
+    delimiter: str = ""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The usable rows of one role (training, evaluation or test), and what was found on the way."""
+
+    examples: list[Example]
+    rejects: list[Reject]
+    text_column: str
+    label_column: str
+    files: list[dict[str, Any]]
+    """For each file: path, sha256, rows, encoding, delimiter."""
+
+    @property
+    def rows_in(self) -> int:
+        """Rows found in the files, usable or not."""
+        return len(self.examples) + len(self.rejects)
+
+
+def read_rows(
+    paths: Sequence[str],
+    *,
+    text: str = "auto",
+    label: str = "auto",
+    skip_bad: bool = False,
+    known_labels: Sequence[str] | None = None,
+) -> Rows:
+    """Reads labelled files and checks every row.
+
+    Args:
+        paths: Files, globs or hf:// addresses; their rows follow one another.
+        text: Name of the text column, or `auto`.
+        label: Name of the label column, or `auto`.
+        skip_bad: Set rows that cannot be used aside instead of raising.
+        known_labels: The labels of the training rows; a row with another label cannot be used.
+
+    Raises:
+        DataError: a file or column is missing or unreadable, or rows cannot be used (all of them are counted, the
+            first five named).
+        BaseModelError: an hf:// address could not be fetched.
+    """
+    examples: list[Example] = []
+    rejects: list[Reject] = []
+    kinds: list[str] = []
+    files = []
+    for path in expand(paths):
+        table = read_table(path)
+        text_column, label_column = find_columns(table, text, label)
+        name = str(table.path)
+        rejects += table.ragged
+        for line, cell, raw in zip(table.lines, table.columns[text_column], table.columns[label_column], strict=True):
+            value, kind, problem = _label(raw)
+            problem = _text_problem(cell) or problem
+            if not problem and known_labels is not None and value not in known_labels:
+                problem = "unknown label"
+            if problem:
+                shown = cell if problem in ("not text",) else raw if problem in ("not a label", "unknown label") else ""
+                rejects.append(Reject(name, line, problem, str(shown)[:80]))
+            else:
+                examples.append(Example(cell, value, name, line))
+                kinds.append(kind)
+        files.append(
+            {
+                "path": name,
+                "sha256": file_sha256(table.path),
+                "rows": len(table.lines) + len(table.ragged),
+                "encoding": table.encoding,
+                "delimiter": table.delimiter,
+            }
+        )
+    mixed = _of_rarer_kinds(examples, kinds)
+    if mixed:
+        gone = {(reject.file, reject.line) for reject in mixed}
+        examples = [example for example in examples if (example.file, example.line) not in gone]
+        rejects += mixed
+    if rejects and not skip_bad:
+        raise _bad_rows(rejects, len(examples) + len(rejects), known_labels)
+    if not examples:
+        raise DataError(
+            "data.empty",
+            "There is no usable row.",
+            where=some(paths),
+            mend="a file with one row a text, under a header",
+        )
+    return Rows(examples, sorted(rejects), text_column, label_column, files)
+
+
+def sorted_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """The distinct labels in their one order, whatever the rows': numbers by value, else by code point."""
+    distinct = set(labels)
+    try:
+        return tuple(sorted(distinct, key=lambda label: (float(label), label)))
+    except ValueError:
+        return tuple(sorted(distinct))
+
+
+def check_classes(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The labels of the training rows in their order.
+
+    Raises:
+        DataError: there is one class only.
+    """
+    labels = sorted_labels([example.label for example in examples])
+    if len(labels) < 2:
+        raise DataError(
+            "data.one_class",
+            f'All {len(examples):,} rows have the label "{labels[0]}"; a classifier needs at least two classes.',
+            where=examples[0].file,
+            mend="was the file cut while it was sorted by label? Or is another column the label? --label COLUMN",
+        )
+    return labels
+
+
+def draw(examples: list[Example], limit: int, seed: int) -> list[Example]:
+    """At most `limit` rows, drawn as `default_rng(seed).permutation(n)[:limit]`; 0: all, in their order."""
+    if limit == 0:
+        return examples
+    return [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))[:limit]]
+
+
+def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Splits off an evaluation part, stratified: each class gives `fraction` of its rows, at least one of two.
+
+    Both parts keep the order of the file. A class with a single row stays in the training part.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for row, example in enumerate(examples):
+        rows_of.setdefault(example.label, []).append(row)
+    rng = np.random.default_rng(seed)
+    chosen: set[int] = set()
+    for label in sorted(rows_of):
+        rows = rng.permutation(rows_of[label])
+        count = max(1, round(len(rows) * fraction)) if len(rows) > 1 else 0
+        chosen.update(int(row) for row in rows[: min(count, len(rows) - 1)])
+    return (
+        [example for row, example in enumerate(examples) if row not in chosen],
+        [example for row, example in enumerate(examples) if row in chosen],
+    )
+
+
+def is_sorted_by_label(examples: Sequence[Example]) -> bool:
+    """Whether each class is one block, so that the first rows of the file would hold one class only."""
+    changes = sum(a.label != b.label for a, b in pairwise(examples))
+    return changes == len({example.label for example in examples}) - 1 and len(examples) > 2 * (changes + 1)
+
+
+# -- columns ---------------------------------------------------------------------------------------------------
+
+
+def find_columns(table: Table, text: str, label: str) -> tuple[str, str]:
+    """Names of the text and the label column: as given, else by the usual names, else the other one of two."""
+    label_column = "" if label == "auto" else _given(table, label, "--label")
+    text_column = find_text_column(table, text, other_than=label_column)
+    if not label_column:
+        label_column = _by_name(table, LABEL_COLUMNS, "label", other_than=text_column) or _other_of_two(
+            table, text_column
+        )
+    text_column = text_column or _other_of_two(table, label_column)
+    if not text_column or not label_column:
+        missing = "text" if not text_column else "label"
+        raise DataError(
+            "data.missing_column",
+            f"No {missing} column was recognised. Columns: {some(table.columns, 20)}.",
+            where=str(table.path),
+            mend="name the columns: --text COLUMN --label COLUMN; the first line must be a header",
+        )
+    return text_column, label_column
+
+
+def find_text_column(table: Table, text: str, *, other_than: str = "") -> str:
+    """Name of the text column; empty where no name says it."""
+    return (
+        _given(table, text, "--text")
+        if text != "auto"
+        else _by_name(table, TEXT_COLUMNS, "text", other_than=other_than)
+    )
+
+
+def _given(table: Table, name: str, flag: str) -> str:
+    if name not in table.columns:
+        raise DataError(
+            "data.missing_column",
+            f'There is no column "{name}". Columns: {some(table.columns, 20)}.{did_you_mean(name, table.columns)}',
+            where=str(table.path),
+            mend=f"{flag} COLUMN",
+        )
+    return name
+
+
+def _by_name(table: Table, usual: Sequence[str], role: str, *, other_than: str) -> str:
+    found = [column for column in table.columns if column.strip().casefold() in usual and column != other_than]
+    exact = [column for column in found if column.strip().casefold() == role]
+    if len(exact) == 1:
+        return exact[0]
+    if len(found) > 1:
+        raise DataError(
+            "data.ambiguous_column",
+            f"Several columns could be the {role}: {some(found)}.",
+            where=str(table.path),
+            mend=f"--{role} {found[0]}",
+        )
+    return found[0] if found else ""
+
+
+def _other_of_two(table: Table, known: str) -> str:
+    others = [column for column in table.columns if column != known]
+    return others[0] if known and len(others) == 1 else ""
+
+
+# -- cells -----------------------------------------------------------------------------------------------------
+
+
+def _text_problem(cell: object) -> str:
+    if cell is None:
+        return "null"
+    if not isinstance(cell, str):
+        return "not text"
+    return "" if cell.strip() else "empty"
+
+
+def _label(raw: object) -> tuple[str, str, str]:
+    """A raw label as (label, kind, problem); the label is the string that stands in every file of ours."""
+    if isinstance(raw, str):
+        return (raw, "string", "") if raw.strip() else ("", "", "empty")
+    if isinstance(raw, bool):
+        return str(raw).lower(), "true/false", ""
+    if isinstance(raw, int):
+        return str(raw), "number", ""
+    if isinstance(raw, float) and math.isfinite(raw):
+        return str(int(raw) if raw.is_integer() else raw), "number", ""
+    return "", "", "null" if raw is None or isinstance(raw, float) else "not a label"
+
+
+def _of_rarer_kinds(examples: Sequence[Example], kinds: Sequence[str]) -> list[Reject]:
+    """Where labels are of several kinds (true beside 1 beside "1"), the rows of all but the commonest kind."""
+    count = Counter(kinds)
+    if len(count) < 2:
+        return []
+    commonest = count.most_common(1)[0][0]
+    return [
+        Reject(
+            example.file,
+            example.line,
+            "mixed kinds",
+            f"{example.label} ({kind}; most labels here: {commonest})",
+        )
+        for example, kind in zip(examples, kinds, strict=True)
+        if kind != commonest
+    ]
+
+
+def _bad_rows(rejects: list[Reject], rows: int, known_labels: Sequence[str] | None) -> DataError:
+    """One error for all rows that cannot be used, by reason."""
+    by_reason: dict[str, list[Reject]] = {}
+    for reject in rejects:
+        by_reason.setdefault(reject.reason, []).append(reject)
+    parts = []
+    for reason, found in by_reason.items():
+        places = some(f'{reject.line} ("{reject.value}")' if reject.value else reject.line for reject in found)
+        parts.append(f"{reason}: {len(found):,}, at line {places}")
+    expected = (
+        f" The training rows have: {some(known_labels, 10)}." if "unknown label" in by_reason and known_labels else ""
+    )
+    return DataError(
+        "data.bad_rows",
+        f"{len(rejects):,} of {rows:,} rows cannot be used. " + "; ".join(parts) + "." + expected,
+        where=some(dict.fromkeys(reject.file for reject in rejects)),
+        mend=_MENDS[next(iter(by_reason))],
+    )
+
+
+# -- files -----------------------------------------------------------------------------------------------------
+
+
+def expand(paths: Sequence[str]) -> list[Path]:
+    """Files, globs and hf:// addresses as the files they stand for, in order.
+
+    Raises:
+        DataError: a file does not exist or a glob matches nothing.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.startswith("hf://"):
+            files.append(fetch_data_file(path))
+            continue
+        here = Path(path).expanduser()
+        matches = [here] if here.exists() else [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
+        if not matches:
+            siblings = [item.name for item in here.parent.iterdir()] if here.parent.is_dir() else []
+            raise DataError(
+                "data.missing_file",
+                f"There is no file {path}.{did_you_mean(here.name, siblings)}",
+                where=f"looked from {Path.cwd()}",
+                mend="check the path; trimtab demo needs no file of yours",
+            )
+        files += [match.resolve() for match in matches]
+    folders = [file for file in files if file.is_dir()]
+    if folders:
+        raise DataError(
+            "data.folder",
+            "This is a folder, not a file.",
+            where=str(folders[0]),
+            mend=f"'{folders[0]}/*.parquet'",
+        )
+    return files
+
+
+def read_table(path: Path) -> Table:
+    """Reads one file; its format is told by its name, its compression by its first bytes.
+
+    Raises:
+        DataError: empty, of no format or encoding that is read, or damaged.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    kind = next((_SUFFIXES[suffix] for suffix in reversed(suffixes) if suffix in _SUFFIXES), None)
+    if kind is None:
+        raise DataError(
+            "data.format",
+            f'A file "{path.suffix or path.name}" is none that trimtab reads.',
+            where=str(path),
+            mend="parquet, CSV, TSV or JSONL, told by the ending of the name; an Excel sheet: save it as CSV UTF-8",
+        )
+    try:
+        return _read_parquet(path) if kind == "parquet" else _read_text(path, kind)
+    except PermissionError:
+        raise DataError(
+            "data.permission", "This file may not be read.", where=str(path), mend=f"chmod u+r {path}"
+        ) from None
+
+
+def _read_parquet(path: Path) -> Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            "data.parquet",
+            f"This is not a whole parquet file: {str(error).splitlines()[0]}",
+            where=str(path),
+            mend="was it cut while it was copied, or is it a CSV with a wrong name? Fetch or export it again",
+        ) from None
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    return Table(path, columns, list(range(1, table.num_rows + 1)), encoding="parquet")
+
+
+def _read_text(path: Path, kind: str) -> Table:
+    text, encoding = _decode(path, _bytes(path))
+    if not text.strip():
+        raise DataError("data.empty", "This file is empty.", where=str(path), mend="a header line, then one row a text")
+    if kind == "json":
+        return _read_json(path, text, encoding)
+    return _read_csv(path, text, encoding, "\t" if kind == "\t" else _delimiter(text))
+
+
+def _bytes(path: Path) -> bytes:
+    raw = path.read_bytes()
+    if raw[:2] != b"\x1f\x8b":
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            "data.gzip", f"This gzip file is damaged: {error}", where=str(path), mend="fetch or pack it again"
+        ) from None
+
+
+def _decode(path: Path, raw: bytes) -> tuple[str, str]:
+    """Strict UTF-8 first, then GB18030 where the result is plausible; never a replacement character.
+
+    GB18030 must not come first: most UTF-8 lines decode under it, to nonsense. It takes many Latin-1 files too, to
+    rare characters; real Chinese is nearly all within GB2312, so that is asked of it.
+    """
+    for mark, encoding, name in (
+        (b"\xef\xbb\xbf", "utf-8-sig", "UTF-8 with BOM"),
+        (b"\xff\xfe", "utf-16", "UTF-16"),
+        (b"\xfe\xff", "utf-16", "UTF-16"),
+    ):
+        if raw.startswith(mark):
+            try:
+                return raw.decode(encoding), name
+            except UnicodeDecodeError as error:
+                raise _undecodable(path, raw, error) from None
+    try:
+        return raw.decode("utf-8"), "UTF-8"
+    except UnicodeDecodeError as error:
+        first = error
+    try:
+        text = raw.decode("gb18030")
+    except UnicodeDecodeError:
+        raise _undecodable(path, raw, first) from None
+    foreign = [char for char in text if ord(char) > 127]
+    common = sum(len(char.encode("gb2312", "ignore")) > 0 for char in foreign)
+    if common < 0.9 * len(foreign):
+        raise _undecodable(path, raw, first)
+    return text, "GB18030"
+
+
+def _undecodable(path: Path, raw: bytes, error: UnicodeDecodeError) -> DataError:
+    line = raw.count(b"\n", 0, error.start) + 1
+    return DataError(
+        "data.encoding",
+        f"Line {line:,} is neither UTF-8 nor GB18030: byte 0x{raw[error.start]:02x} at {error.start:,}.",
+        where=f"{path}, line {line}",
+        mend=f"save the file as UTF-8, e.g.: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}",
+    )
+
+
+def _delimiter(text: str) -> str:
+    """The delimiter of the header line: the commonest of comma, tab, semicolon and bar outside quotes."""
+    header = text.lstrip().partition("\n")[0]
+    outside = "".join(header.split('"')[::2])
+    return max(",\t;|", key=outside.count)
+
+
+def _read_csv(path: Path, text: str, encoding: str, delimiter: str) -> Table:
+    """Python's own reader and not pyarrow's: it knows the line of every row, also after cells of several lines."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    columns: list[list[str]] = []
+    lines: list[int] = []
+    ragged: list[Reject] = []
+    start = 1
+    try:
+        for cells in reader:
+            start, line = reader.line_num + 1, start
+            if not cells:
+                continue
+            if not header:
+                header = cells
+                columns = [[] for _ in header]
+            elif len(cells) != len(header):
+                ragged.append(
+                    Reject(
+                        str(path),
+                        line,
+                        "ragged",
+                        f"{len(cells)} cells under {len(header)} columns: {delimiter.join(cells)}"[:80],
+                    )
+                )
+            else:
+                lines.append(line)
+                for column, cell in zip(columns, cells, strict=True):
+                    column.append(cell)
+    except csv.Error as error:
+        raise DataError(
+            "data.csv",
+            f"The row that starts at line {start:,} cannot be read: {error}.",
+            where=f"{path}, line {start}",
+            mend='a quote inside a quoted cell is doubled ("" for "), and every opening quote is closed',
+        ) from None
+    _check_header(path, header)
+    if not lines and not ragged:
+        raise DataError("data.empty", "This file has a header and no rows.", where=str(path), mend="one row a text")
+    return Table(path, dict(zip(header, columns, strict=True)), lines, ragged, encoding, delimiter)
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise DataError(
+            "data.header",
+            f'Two columns have the name "{twice[0]}".',
+            where=f"{path}, line 1",
+            mend="is there no header? Put one on the first line, such as text,label; or rename a column",
+        )
+
+
+def _read_json(path: Path, text: str, encoding: str) -> Table:
+    """One object a line, or one array of objects."""
+    objects: list[tuple[int, Any]] = []
+    ragged: list[Reject] = []
+    if text.lstrip().startswith("["):
+        try:
+            objects = list(enumerate(json.loads(text), start=1))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(
+                "data.json",
+                f"This array is not JSON: {error}.",
+                where=str(path),
+                mend='close the array, or write one object a line: {"text": "...", "label": "..."}',
+            ) from None
+    else:
+        # Not splitlines(): that also cuts at U+2028 and its like, which JSON strings may hold.
+        for line, piece in enumerate(text.split("\n"), start=1):
+            if piece.strip():
+                try:
+                    objects.append((line, json.loads(piece)))
+                except (json.JSONDecodeError, RecursionError) as error:
+                    ragged.append(Reject(str(path), line, "not JSON", str(error)[:80]))
+    names = list(dict.fromkeys(name for _, item in objects if isinstance(item, dict) for name in item))
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    lines: list[int] = []
+    for line, item in objects:
+        if not isinstance(item, dict):
+            ragged.append(Reject(str(path), line, "not an object", json.dumps(item, ensure_ascii=False)[:80]))
+            continue
+        lines.append(line)
+        for name in names:
+            columns[name].append(item.get(name))
+    return Table(path, columns, lines, ragged, encoding)

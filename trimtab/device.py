@@ -1,0 +1,62 @@
+"""Device and threads: decided once, before the model is built, each with its reason."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from trimtab.config import RuntimeSettings
+from trimtab.errors import RecipeError
+from trimtab.machine import cgroup, usable_cores
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where tensors live and with how many threads, and why."""
+
+    device: torch.device
+    device_reason: str
+    threads: int
+    threads_reason: str
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        return f"{self.device.type} ({self.device_reason}), float32, {self.threads} threads ({self.threads_reason})"
+
+
+def place(settings: RuntimeSettings) -> Placement:
+    """Chooses the device and sets torch's threads.
+
+    Raises:
+        RecipeError: the recipe asks for a device that torch does not offer here.
+    """
+    offered = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name: str = settings.device
+    reason = "as the recipe says"
+    if name == "auto":
+        name = next(device for device, there in offered.items() if there)
+        reason = "no accelerator that torch can use" if name == "cpu" else "offered by torch"
+    elif not offered[name]:
+        raise RecipeError(
+            "runtime.device",
+            f"torch {torch.__version__} offers no {name} here.",
+            where="runtime.device",
+            mend="--set runtime.device=auto",
+        )
+    threads, threads_reason = settings.threads, "as the recipe says"
+    if threads == 0:
+        threads, threads_reason = _threads()
+    torch.set_num_threads(threads)
+    return Placement(torch.device(name), reason, threads, threads_reason)
+
+
+def _threads() -> tuple[int, str]:
+    if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(asked) > 0:
+        return int(asked), "OMP_NUM_THREADS"
+    cores, (quota, _) = usable_cores(), cgroup()
+    if quota and quota < cores:
+        return max(1, math.floor(quota)), f"the container may use {quota:g} of {cores} cores"
+    # torch's own default counts physical cores, which is what matrix products want.
+    return min(cores, torch.get_num_threads()), f"{cores} cores"

@@ -1,0 +1,117 @@
+"""A model against labelled rows: `trimtab eval`, the prediction file of a run, and `trimtab verify`."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab import data
+from trimtab.classification import Labels, metrics, softmax
+from trimtab.data import Example
+from trimtab.machine import peak_rss_bytes
+from trimtab.predict import load
+from trimtab.rundir import RunDir, locate
+
+_CHECKED_ROWS = 64
+_TOLERANCE = 1e-4  # float32, the same order of operations: in practice the difference is 0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came out when stored logits were computed again."""
+
+    rows: int
+    largest_difference: float
+    same_labels: bool
+
+    @property
+    def ok(self) -> bool:
+        """Same labels, and logits within 1e-4."""
+        return self.same_labels and self.largest_difference <= _TOLERANCE
+
+
+def evaluate(
+    path: str | Path,
+    files: Sequence[str],
+    *,
+    base: str | None = None,
+    text: str = "auto",
+    label: str = "auto",
+    skip_bad: bool = False,
+    after_batch: Callable[[int], None] = lambda rows: None,
+) -> dict[str, Any]:
+    """Scores a run or an adapter on labelled files.
+
+    Returns:
+        The keys of metrics.json: eval_rows, accuracy, accuracy_ci95, macro_f1, per_class, loss,
+        majority_accuracy, rows_cut, rows_skipped, rows_per_s, total_seconds, peak_rss_bytes.
+
+    Raises:
+        DataError, ArtefactError, BaseModelError: as `load` and the reading of files do.
+    """
+    started = time.monotonic()
+    classifier = load(path, base=base)
+    rows = data.read_rows(files, text=text, label=label, skip_bad=skip_bad, known_labels=classifier.labels.values)
+    index = classifier.labels.index()
+    encoded = classifier.encode([row.text for row in rows.examples], [index[row.label] for row in rows.examples])
+    begun = time.monotonic()
+    logits = classifier.logits(encoded, after_batch)
+    seconds = time.monotonic() - begun
+    return metrics(logits, encoded.labels, classifier.labels.values) | {
+        "rows_cut": int(encoded.truncated.sum()),
+        "rows_skipped": len(rows.rejects),
+        "rows_per_s": len(encoded) / max(seconds, 1e-9),
+        "total_seconds": time.monotonic() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def write_predictions(path: Path, examples: Sequence[Example], logits: npt.NDArray[np.float32], labels: Labels) -> None:
+    """predictions.parquet: text, label, predicted_label, predicted_score, file, line and logits of each row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    probabilities = softmax(logits)
+    table = pa.table(
+        {
+            "text": [example.text for example in examples],
+            "label": [example.label for example in examples],
+            "predicted_label": [labels.values[i] for i in logits.argmax(axis=1)],
+            "predicted_score": probabilities.max(axis=1),
+            "file": [Path(example.file).name for example in examples],
+            "line": [example.line for example in examples],
+            "logits": pa.array(list(logits), pa.list_(pa.float32())),
+        }
+    )
+    draft = path.with_name(path.name + ".tmp")
+    pq.write_table(table, draft)
+    draft.replace(path)
+
+
+def verify(path: str | Path, *, base: str | None = None) -> Verification:
+    """Computes stored logits again: those of the probe sentences, and of a run's first 64 predictions.
+
+    Raises:
+        ArtefactError, BaseModelError: as `load` does.
+    """
+    classifier = load(path, base=base)
+    texts = [text for text, _ in classifier.adapter.probes]
+    stored = np.array([logits for _, logits in classifier.adapter.probes], np.float32)
+    again = [classifier.logits(classifier.encode(texts))]
+    predictions = RunDir(locate(path)).predictions
+    if predictions.is_file():
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(predictions, columns=["text", "logits"]).slice(0, _CHECKED_ROWS)
+        stored = np.concatenate([stored, np.array(table.column("logits").to_pylist(), np.float32)])
+        again.append(classifier.logits(classifier.encode(table.column("text").to_pylist())))
+    computed = np.concatenate(again)
+    return Verification(
+        len(stored),
+        float(np.abs(stored - computed).max()),
+        bool((stored.argmax(axis=1) == computed.argmax(axis=1)).all()),
+    )

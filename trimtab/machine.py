@@ -1,0 +1,72 @@
+"""What this machine is: processor, cores that may be used, memory. Reads the system, imports nothing heavy."""
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+# What decides the fast dtype: bf16 in hardware, or float32 vectors of 256 bits.
+_FEATURES = frozenset({"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"})
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The processor's name and those of its features that matter here; features are known on Linux x86 only."""
+
+    name: str
+    features: tuple[str, ...]
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
+    """The processor, from Linux's cpuinfo where there is one."""
+    told: dict[str, str] = {}
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text("utf-8", "replace").splitlines():
+            key, _, value = line.partition(":")
+            told.setdefault(key.strip(), value.strip())
+    features = sorted(_FEATURES & set(told.get("flags", "").split()))
+    return Processor(told.get("model name") or platform.processor() or platform.machine(), tuple(features))
+
+
+def cgroup(root: Path = Path("/sys/fs/cgroup")) -> tuple[float, int]:
+    """What a container grants: (cores, bytes of memory); 0 where there is no limit. cgroup v2, else v1."""
+    cores, memory = 0.0, 0
+    quota = _words(root / "cpu.max") or _words(root / "cpu/cpu.cfs_quota_us") + _words(root / "cpu/cpu.cfs_period_us")
+    if len(quota) == 2 and quota[0].isdigit() and int(quota[1]) > 0:
+        cores = int(quota[0]) / int(quota[1])
+    limit = _words(root / "memory.max") or _words(root / "memory/memory.limit_in_bytes")
+    if limit and limit[0].isdigit() and int(limit[0]) < 1 << 60:  # v1 writes a number near 2**63 for no limit
+        memory = int(limit[0])
+    return cores, memory
+
+
+def _words(file: Path) -> list[str]:
+    try:
+        return file.read_text("ascii").split()
+    except OSError:
+        return []
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, before any container quota."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes that can still be taken: what the system has left, at most what the container grants."""
+    _, limit = cgroup()
+    left = int(psutil.virtual_memory().available)
+    return min(left, limit - int(psutil.Process().memory_info().rss)) if limit else left
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows keeps it elsewhere
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

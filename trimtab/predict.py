@@ -1,0 +1,105 @@
+"""An adapter in use: texts -> predictions. The one place where logits become labels."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab import adapter as adapter_folder
+from trimtab import tokens
+from trimtab.adapter import Adapter
+from trimtab.classification import Labels, compute_logits, softmax
+from trimtab.config import RuntimeSettings
+from trimtab.device import place
+from trimtab.hub import Base
+from trimtab.rundir import adapter_in
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one text."""
+
+    text: str
+    label: str
+    """The label as it stands in the training file."""
+    score: float
+    """Its probability."""
+    scores: dict[str, float]
+    """The probability of every label."""
+    truncated: bool
+    """Whether the text was cut: the model did not see its end."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A base model with one adapter, ready to answer."""
+
+    adapter: Adapter
+    base: Base
+    model: Any
+
+    @property
+    def labels(self) -> Labels:
+        """The labels in the order of the logits."""
+        return self.adapter.labels
+
+    def encode(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> tokens.Encoded:
+        """Tokens as in training: the adapter's own tokenizer and length."""
+        return tokens.encode(texts, self.adapter.tokenizer, self.adapter.max_length, labels)
+
+    def logits(
+        self, encoded: tokens.Encoded, after_batch: Callable[[int], None] = lambda rows: None
+    ) -> npt.NDArray[np.float32]:
+        """Logits float32[n, C]."""
+        return compute_logits(self.model, encoded, self.adapter.tokenizer.pad_id, after_batch=after_batch)
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        """Answers texts, one prediction each, in their order.
+
+        Raises:
+            TypeError: `texts` is a single string, or holds something else than strings.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("predict takes a list of strings: classifier.predict(['a text', 'another'])")
+        encoded = self.encode(texts)
+        return decode(texts, self.logits(encoded), encoded.truncated, self.labels)
+
+
+def decode(
+    texts: Sequence[str], logits: npt.NDArray[np.float32], truncated: npt.NDArray[np.bool_], labels: Labels
+) -> list[Prediction]:
+    """Logits float32[n, C] -> predictions: softmax, the first of the most probable labels."""
+    if not len(texts):
+        return []
+    probabilities = softmax(logits)
+    return [
+        Prediction(
+            text,
+            labels.values[int(row.argmax())],
+            float(row.max()),
+            {label: float(p) for label, p in zip(labels.values, row, strict=True)},
+            bool(cut),
+        )
+        for text, row, cut in zip(texts, probabilities, truncated, strict=True)
+    ]
+
+
+def load(path: str | Path, *, base: str | None = None, runtime: RuntimeSettings | None = None) -> Classifier:
+    """Loads a run or an adapter folder; the adapter alone is enough, it knows its base and its labels.
+
+    Args:
+        path: A run directory (`runs/latest`) or an adapter folder.
+        base: Where its base is, if not where it was; it must be the same one, by sha256.
+        runtime: Device and threads; the defaults choose.
+
+    Raises:
+        ArtefactError: nothing there, damaged, or another base than the one it was trained on.
+        BaseModelError: the base was not found.
+    """
+    adapter = adapter_folder.read(adapter_in(path))
+    found = adapter_folder.locate_base(adapter, base)
+    placement = place(runtime or RuntimeSettings())
+    return Classifier(adapter, found, adapter_folder.load_model(adapter, found).to(placement.device))

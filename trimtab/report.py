@@ -1,0 +1,117 @@
+"""Results as text: the parameter report, the scores, the model card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.classification import LANGUAGES
+from trimtab.resolve import Job
+
+
+def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
+    """The parameter report for people; `parameters` is `Parameters.as_dict()`."""
+    p = parameters
+    return [
+        f"full fine-tuning  {p['trainable_before']:>13,} of {p['base']:,} parameters (100 %)",
+        f"LoRA alone        {p['lora']:>13,} ({p['lora_pct']:.2f} %)",
+        f"new head          {p['head']:>13,} ({100 * p['head'] / p['total']:.2f} %), trained in full: the base has none",
+        f"trained together  {p['trainable']:>13,} of {p['total']:,} ({p['trainable_pct']:.2f} %)",
+    ]
+
+
+def score_line(scores: Mapping[str, Any]) -> str:
+    """Accuracy with its interval, its baseline, and what it was measured on."""
+    low, high = scores["accuracy_ci95"]
+    return (
+        f"accuracy {scores['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}, {scores['eval_rows']:,} rows), "
+        f"macro F1 {scores['macro_f1']:.3f}; always answering the commonest label: {scores['majority_accuracy']:.3f}"
+    )
+
+
+def score_lines(scores: Mapping[str, Any]) -> list[str]:
+    """The scores of an evaluation for people, class by class."""
+    width = max(len(label) for label in scores["per_class"])
+    lines = [score_line(scores), f"{'':<{width}}  precision  recall     f1      rows"]
+    for label, one in scores["per_class"].items():
+        lines.append(
+            f"{label:<{width}}  {one['precision']:9.3f}  {one['recall']:6.3f}  {one['f1']:5.3f}  {one['rows']:8,}"
+        )
+    if scores.get("rows_cut"):
+        lines.append(f"{scores['rows_cut']:,} texts were cut: the model did not see their end")
+    if scores.get("rows_skipped"):
+        lines.append(f"{scores['rows_skipped']:,} rows were set aside")
+    return lines
+
+
+def layer_lines(parameters: Mapping[str, Any]) -> list[str]:
+    """The arithmetic of thin matrices: each kind of weight once, with how often it occurs."""
+    kinds: dict[tuple[str, int, int, int], int] = {}
+    for name, layer in parameters["layers"].items():
+        kind = (
+            ".".join(part for part in name.split(".") if not part.isdigit()),
+            layer["out"],
+            layer["in"],
+            layer["lora"],
+        )
+        kinds[kind] = kinds.get(kind, 0) + 1
+    lines = []
+    for (name, rows, columns, lora), times in kinds.items():
+        lines.append(
+            f"{times:>3} x {name}: {rows:,} x {columns:,} = {rows * columns:,} weights stay frozen, "
+            f"A and B have {lora:,} instead ({100 * lora / (rows * columns):.1f} %)"
+        )
+    return lines
+
+
+def next_steps(run: str) -> list[str]:
+    """What to try after the demo."""
+    return [
+        "",
+        f"everything lies in {run}: metrics.json, predictions.parquet, recipe.toml, adapter/",
+        "try next:",
+        f'  trimtab predict {run} "a review of yours" --lang en',
+        f"  trimtab eval {run} runs/demo-data/imdb-train.parquet",
+        "  trimtab train YOUR_FILE.csv",
+    ]
+
+
+def model_card(job: Job, scores: Mapping[str, Any], epoch: int, parameters: Mapping[str, Any]) -> str:
+    """README.md of the adapter: what it is, on what it was trained, how good it is. Same recipe, same bytes."""
+    recipe = job.recipe
+    where = "the test rows" if job.test else "the evaluation rows, which also chose the epoch"
+    names = [
+        f"| `{value}` | {' | '.join(job.labels.name(i, language) for language in LANGUAGES)} |"
+        for i, value in enumerate(job.labels.values)
+    ]
+    return "\n".join(
+        [
+            "---",
+            "library_name: peft",
+            f"base_model: {job.base.hub_id or job.base.folder.name}",
+            "pipeline_tag: text-classification",
+            "tags: [lora, trimtab]",
+            "---",
+            "",
+            "# LoRA adapter for text classification",
+            "",
+            f"{score_line(scores)}, on {where} (epoch {epoch}).",
+            "",
+            "| label | zh | en |",
+            "|---|---|---|",
+            *names,
+            "",
+            f"Base: {job.base.hub_id or job.base.folder.name}, weights sha256 `{job.base.weights_sha256}`.",
+            f"{recipe.lora.variant} r={recipe.lora.r}, lora_alpha={recipe.lora.lora_alpha} on "
+            f"{', '.join(recipe.lora.target_modules)}: {parameters['trainable']:,} trained parameters, "
+            f"of them {parameters['lora']:,} LoRA and {parameters['head']:,} head.",
+            f"Trained on {len(job.train.examples):,} rows, {recipe.train.num_epochs} epochs, "
+            f"batches of {recipe.train.batch_size}, learning rate {recipe.train.learning_rate:g}, texts cut at {recipe.data.max_length} tokens.",
+            "",
+            "```python",
+            "import trimtab",
+            "",
+            'classifier = trimtab.load("PATH/TO/THIS/FOLDER")',
+            'print(classifier.predict(["a text"]))',
+            "```",
+            "",
+        ]
+    )

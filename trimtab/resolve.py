@@ -1,0 +1,277 @@
+"""Recipe + files + base -> a job: data checked, base found, every `auto` settled, texts encoded.
+
+Nothing is written and no weight is read here, so whatever is wrong is found in seconds and leaves nothing behind.
+`trimtab train --dry-run` stops after this.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trimtab import data, tokens
+from trimtab.classification import Labels, make_labels
+from trimtab.config import Layered, Recipe
+from trimtab.data import Example, Rows
+from trimtab.device import Placement, place
+from trimtab.errors import DataError, RecipeError
+from trimtab.hub import Base, find_base
+from trimtab.model import (
+    empty_model,
+    head_modules,
+    load_config,
+    longest_input,
+    outside_blocks,
+    resolve_targets,
+)
+from trimtab.tokens import Encoded, Tokenizer
+
+_MOST_TOKENS = 256  # of `auto`: twice the length costs over twice the time, and 256 is what MiniLM was trained with
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one role, as texts and as tokens."""
+
+    examples: list[Example]
+    encoded: Encoded
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that training needs, settled."""
+
+    layered: Layered
+    base: Base
+    model_config: Any
+    """transformers' config of the base, with our labels and dropout."""
+    tokenizer: Tokenizer
+    labels: Labels
+    train: Part
+    eval: Part
+    test: Part | None
+    rejects: list[data.Reject]
+    data_report: dict[str, Any]
+    warnings: list[str]
+    placement: Placement
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.layered.recipe
+
+
+def resolve(layered: Layered) -> Job:
+    """Reads and checks everything that a recipe names, and settles what it leaves open.
+
+    Raises:
+        RecipeError, DataError, BaseModelError: with file, line or setting, and the mend.
+    """
+    recipe = layered.recipe
+    rows = _read(recipe)
+    values = data.check_classes(rows["train"].examples)
+    labels = make_labels(values, recipe.data.names)
+    parts = _draw(recipe, rows)
+    base = find_base(recipe.base.model)
+    sums = _check_sums(recipe, rows, base)
+
+    tokenizer = tokens.from_base(base.folder)
+    config = load_config(base.folder, num_labels=len(labels), dropout=recipe.base.dropout, pad_id=tokenizer.pad_id)
+    skeleton = empty_model(config)
+    targets = resolve_targets(skeleton, recipe.lora.target_modules, head_modules(skeleton, outside_blocks(skeleton)))
+
+    texts = [example.text for example in parts["train"]]
+    limits = [limit for limit in (longest_input(skeleton), tokenizer.limit) if limit]
+    found = _settle(recipe, rows["train"], texts, labels, targets, tokenizer, min(limits, default=0), config)
+    settled = layered.override({key: value for key, (value, _) in found.items()}, {k: o for k, (_, o) in found.items()})
+    paths = {f"data.{role}": [file["path"] for file in rows[role].files] for role in rows}
+    paths["base.model"] = str(base.folder)  # type: ignore[assignment]
+    settled = settled.override(paths, {key: layered.origins.get(key, "default") for key in paths})
+    settled = Layered(settled.recipe.model_copy(update={"sha256": sums}), settled.origins)
+
+    index = labels.index()
+    max_length = int(settled.recipe.data.max_length)
+    encoded = {
+        role: Part(
+            examples,
+            tokens.encode(
+                [example.text for example in examples],
+                tokenizer,
+                max_length,
+                [index[example.label] for example in examples],
+            ),
+        )
+        for role, examples in parts.items()
+    }
+    warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, labels)
+    return Job(
+        layered=settled,
+        base=base,
+        model_config=config,
+        tokenizer=tokenizer,
+        labels=labels,
+        train=encoded["train"],
+        eval=encoded["eval"],
+        test=encoded.get("test"),
+        rejects=[reject for part in rows.values() for reject in part.rejects],
+        data_report=_report(rows, encoded, labels, warnings),
+        warnings=warnings,
+        placement=place(recipe.runtime),
+    )
+
+
+def _read(recipe: Recipe) -> dict[str, Rows]:
+    """The rows of each role that the recipe names; evaluation and test files have the training file's columns."""
+    settings = recipe.data
+    if not settings.train:
+        raise RecipeError(
+            "data.train", "No training file is named.", mend="trimtab train FILE, or data.train in the recipe"
+        )
+    skip = settings.bad_rows == "skip"
+    rows = {"train": data.read_rows(settings.train, text=settings.text, label=settings.label, skip_bad=skip)}
+    known = data.sorted_labels([example.label for example in rows["train"].examples])
+    for role, paths in (("eval", settings.eval), ("test", settings.test)):
+        if paths:
+            rows[role] = data.read_rows(
+                paths,
+                text=rows["train"].text_column,
+                label=rows["train"].label_column,
+                skip_bad=skip,
+                known_labels=known,
+            )
+    return rows
+
+
+def _draw(recipe: Recipe, rows: dict[str, Rows]) -> dict[str, list[Example]]:
+    settings = recipe.data
+    parts = {role: part.examples for role, part in rows.items()}
+    if "eval" not in parts:
+        parts["train"], parts["eval"] = data.split(parts["train"], settings.eval_fraction, settings.seed)
+        if not parts["eval"]:
+            raise DataError(
+                "data.too_few",
+                f"No class has two rows, so none can be kept for evaluation ({len(parts['train'])} rows).",
+                where=str(settings.train[0]),
+                mend="add rows, or give evaluation rows: --eval FILE",
+            )
+    parts["train"] = data.draw(parts["train"], settings.limit_train, settings.seed)
+    parts["eval"] = data.draw(parts["eval"], settings.limit_eval, settings.seed)
+    return parts
+
+
+def _check_sums(recipe: Recipe, rows: dict[str, Rows], base: Base) -> dict[str, str]:
+    """sha256 of every data file and of the base's weights; where the recipe states one, it must be the same."""
+    sums = {file["path"]: file["sha256"] for part in rows.values() for file in part.files}
+    sums[str(base.folder)] = base.weights_sha256
+    changed = [path for path, digest in sums.items() if recipe.sha256.get(path, digest) != digest]
+    if changed:
+        raise DataError(
+            "data.changed",
+            f"{changed[0]} is not what this recipe was written for: sha256 {sums[changed[0]][:12]}, "
+            f"recipe {recipe.sha256[changed[0]][:12]}.",
+            mend="bring the old file back; or, to train on the new one, delete its line under [sha256] in the recipe",
+        )
+    return sums
+
+
+def _settle(
+    recipe: Recipe,
+    train: Rows,
+    texts: Sequence[str],
+    labels: Labels,
+    targets: Sequence[str],
+    tokenizer: Tokenizer,
+    limit: int,
+    config: Any,
+) -> dict[str, tuple[object, str]]:
+    """Every `auto` and every preset as (value, origin); settings that the recipe fixes are not in it."""
+    found: dict[str, tuple[object, str]] = {}
+    if recipe.data.text == "auto":
+        found["data.text"] = (train.text_column, "auto: found by name")
+    if recipe.data.label == "auto":
+        found["data.label"] = (train.label_column, "auto: found by name")
+    if isinstance(recipe.lora.target_modules, str):
+        found["lora.target_modules"] = (
+            tuple(targets),
+            f"{recipe.lora.target_modules} for {config.model_type}",
+        )
+    most = min(_MOST_TOKENS, limit) if limit else _MOST_TOKENS
+    if recipe.data.max_length == "auto":
+        found["data.max_length"] = (
+            tokens.fitting_length(texts, tokenizer, most=most),
+            f"auto: 99 of 100 texts, at most {most}",
+        )
+    elif limit and recipe.data.max_length > limit:
+        found["data.max_length"] = (limit, f"the base takes no more; asked: {recipe.data.max_length}")
+    steps = math.ceil(len(texts) / (recipe.train.batch_size * recipe.train.gradient_accumulation_steps))
+    if recipe.train.num_epochs == "auto":
+        found["train.num_epochs"] = (
+            min(20, max(3, math.ceil(400 / steps))),
+            f"auto: {steps:,} steps an epoch",
+        )
+    width = int(getattr(config, "hidden_size", 0) or getattr(config, "dim", 0) or 768)
+    if recipe.train.learning_rate == "auto":
+        rate = 1e-3 if width < 768 else 5e-4 if width < 1024 else 3e-4
+        found["train.learning_rate"] = (rate, f"auto: width {width:,}")
+    if recipe.train.metric_for_best_model == "auto":
+        counts = Counter(example.label for example in train.examples)
+        ratio = max(counts.values()) / min(counts.values())
+        found["train.metric_for_best_model"] = (
+            "macro_f1" if ratio > 3 else "accuracy",
+            f"auto: largest class {ratio:.1f} times the smallest",
+        )
+    return found
+
+
+def _warnings(
+    rows: dict[str, Rows],
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    train: Encoded,
+    max_length: int,
+    labels: Labels,
+) -> list[str]:
+    """What a user should know before training, and what may stop nobody."""
+    found = []
+    if rejects := sum(len(part.rejects) for part in rows.values()):
+        found.append(f"{rejects:,} rows were set aside (rejects.csv says which and why)")
+    if data.is_sorted_by_label(rows["train"].examples):
+        found.append("the rows are sorted by label: they are shuffled, and rows are drawn from every class")
+    if script := tokens.foreign_script(texts, tokenizer):
+        found.append(script)
+    if (cut := float(np.mean(train.truncated))) > 0.01:
+        share = 1 - len(train.ids) / int(train.full_lengths.sum())
+        found.append(
+            f"{cut:.1%} of the training texts are cut at {max_length} tokens ({share:.1%} of all tokens are lost)"
+            + (": --set data.max_length=512 reads more and takes longer" if max_length < 512 else "")
+        )
+    counts = Counter(train.labels.tolist())
+    small = [labels.values[i] for i in range(len(labels)) if counts[i] < 5]
+    if small:
+        found.append(f"{len(small)} of {len(labels)} classes have fewer than 5 training rows: {', '.join(small[:5])}")
+    return found
+
+
+def _report(rows: dict[str, Rows], parts: dict[str, Part], labels: Labels, warnings: Sequence[str]) -> dict[str, Any]:
+    """data_report.json: for each role rows in = rows usable + rows set aside, and what the used ones look like."""
+    report: dict[str, Any] = {"labels": list(labels.values), "warnings": list(warnings)}
+    for role, part in parts.items():
+        source = rows.get(role, rows["train"])
+        counts = Counter(example.label for example in part.examples)
+        report[role] = {
+            "files": source.files if role in rows else "split from the training files",
+            "rows_in": source.rows_in if role in rows else None,
+            "rows_usable": len(source.examples) if role in rows else None,
+            "rows_skipped": dict(Counter(reject.reason for reject in source.rejects)) if role in rows else None,
+            "rows_used": len(part.examples),
+            "rows_per_label": {label: counts[label] for label in labels.values},
+            "tokens": int(part.encoded.lengths.sum()),
+            "tokens_cut": int((part.encoded.full_lengths - part.encoded.lengths).sum()),
+            "rows_cut": int(part.encoded.truncated.sum()),
+            "text_column": source.text_column,
+            "label_column": source.label_column,
+        }
+    return report

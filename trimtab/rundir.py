@@ -1,0 +1,184 @@
+"""The run directory: file names, the event stream, the record of the environment. Files here are the contract."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import ArtefactError, RecipeError, ResourceError, did_you_mean
+from trimtab.machine import processor, usable_cores
+
+_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory by its path; every file of it has one name, here."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe: `trimtab train --recipe` of it repeats the run."""
+        return self.path / "recipe.toml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, processor, threads and the reason of each choice."""
+        return self.path / "environment.json"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def data_report(self) -> Path:
+        """What was read, used and set aside."""
+        return self.path / "data_report.json"
+
+    @property
+    def rejects(self) -> Path:
+        """Rows that were set aside, with file, line and reason."""
+        return self.path / "rejects.csv"
+
+    @property
+    def metrics(self) -> Path:
+        """The scores; it exists once the run is done."""
+        return self.path / "metrics.json"
+
+    @property
+    def predictions(self) -> Path:
+        """Text, label and logits of every row that the headline score is about."""
+        return self.path / "predictions.parquet"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained artefact."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resumable steps."""
+        return self.path / "checkpoints"
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Adds one line to the event stream."""
+        with self.events.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(event, ensure_ascii=False) + "\n")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON that people can read; the file is whole or not there."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    draft.replace(path)
+
+
+def create(out: str | None, stem: str) -> RunDir:
+    """Makes the run directory: `out` itself, else `runs/<time>-<stem>` with `runs/latest` pointing to it.
+
+    Raises:
+        RecipeError: `out` exists and is not empty.
+        ResourceError: the directory cannot be made.
+    """
+    try:
+        if out is not None:
+            path = Path(out).expanduser().resolve()
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise RecipeError(
+                    "run.exists",
+                    f"{out} exists and is not empty; nothing in it was touched.",
+                    mend=f"another --out, or go on with that run: trimtab train --resume {out}",
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            return RunDir(path)
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}"
+        for number in range(1, 1_000):
+            path = Path("runs").resolve() / (name if number == 1 else f"{name}-{number}")
+            path.parent.mkdir(exist_ok=True)
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            _point_latest_to(path)
+            return RunDir(path)
+        raise AssertionError("a thousand runs of one name in one second")
+    except OSError as error:
+        if isinstance(error, ResourceError):
+            raise
+        raise ResourceError(
+            "run.create",
+            f"The run directory cannot be made: {error.strerror}.",
+            where=str(error.filename),
+            mend="--out DIR in a folder that you may write to",
+        ) from None
+
+
+def _point_latest_to(path: Path) -> None:
+    latest = path.parent / "latest"
+    draft = path.parent / f".latest-{os.getpid()}"
+    try:
+        draft.symlink_to(path.name)
+    except (OSError, NotImplementedError):  # Windows without the privilege: a file with the name does as well
+        draft.write_text(path.name, "utf-8")
+    draft.replace(latest)
+
+
+def locate(path: str | Path) -> Path:
+    """Follows a run or adapter path that a user gave, `runs/latest` included, to an existing directory.
+
+    Raises:
+        ArtefactError: there is nothing.
+    """
+    place = Path(path).expanduser()
+    if place.is_file() and place.name == "latest":
+        place = place.parent / place.read_text("utf-8").strip()
+    if not place.is_dir():
+        siblings = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise ArtefactError(
+            "adapter.missing",
+            f"There is no run or adapter {path}.{did_you_mean(place.name, siblings)}",
+            where=f"looked from {Path.cwd()}",
+            mend="a run directory such as runs/latest, or the adapter folder in it",
+        )
+    return place.resolve()
+
+
+def adapter_in(path: str | Path) -> Path:
+    """The adapter folder of a run directory, or the folder itself.
+
+    Raises:
+        ArtefactError: the run has no adapter yet.
+    """
+    place = locate(path)
+    if (place / "recipe.toml").is_file():
+        if not (place / "adapter").is_dir():
+            raise ArtefactError(
+                "run.unfinished",
+                "This run has no adapter: it did not come to its end.",
+                where=str(place),
+                mend=f"trimtab train --resume {place}",
+            )
+        return place / "adapter"
+    return place
+
+
+def environment() -> dict[str, Any]:
+    """Versions and processor, without host or user names."""
+    from trimtab import __version__
+
+    chip = processor()
+    versions = {"trimtab": __version__, "python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in _LIBRARIES}
+    return {
+        "versions": versions,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": {"name": chip.name, "features": list(chip.features)},
+        "cores": usable_cores(),
+    }

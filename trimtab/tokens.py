@@ -1,0 +1,214 @@
+"""Texts -> token ids: the one encode function of training, evaluation, prediction and whatever serves them.
+
+A tokenizer here is the text of a `tokenizer.json` and a pad id. It is read from the base once, when training
+starts, and travels with the adapter from then on. Knows nothing of labels' meaning or of torch.
+"""
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from trimtab.errors import ArtefactError, BaseModelError
+
+_CHUNK = 2_000  # texts a call: enough for the library's threads, small enough that encodings do not pile up
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer as data."""
+
+    json: str
+    pad_id: int
+    limit: int = 0
+    """The most tokens that the base says it takes; 0: it does not say."""
+
+    @cached_property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's object, without the truncation and padding that a file may bring along."""
+        backend = tokenizers.Tokenizer.from_str(self.json)
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
+
+    @property
+    def sha256(self) -> str:
+        """Of the text of tokenizer.json."""
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of n texts, end to end.
+
+    ids int32[N], offsets int64[n + 1], labels int64[n] (-1: unlabelled), full_lengths int64[n]: tokens before cutting.
+    """
+
+    ids: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    full_lengths: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each text, after cutting: int64[n]."""
+        return np.diff(self.offsets)
+
+    @property
+    def truncated(self) -> npt.NDArray[np.bool_]:
+        """Whether a text was cut: bool[n]."""
+        return self.full_lengths > self.lengths
+
+
+def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, labels: Sequence[int] | None = None) -> Encoded:
+    """Encodes texts with the base's special tokens, each cut at `max_length` tokens on its right."""
+    backend = tokenizer.backend
+    special = backend.num_special_tokens_to_add(is_pair=False)
+    backend.enable_truncation(max_length)
+    pieces: list[npt.NDArray[np.int32]] = []
+    full: list[int] = []
+    for start in range(0, len(texts), _CHUNK):
+        for encoding in backend.encode_batch_fast(list(texts[start : start + _CHUNK])):
+            pieces.append(np.array(encoding.ids, np.int32))
+            full.append(len(encoding.ids) + sum(len(rest.ids) - special for rest in encoding.overflowing))
+    backend.no_truncation()
+    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    return Encoded(
+        ids=np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        labels=np.full(len(pieces), -1, np.int64) if labels is None else np.array(labels, np.int64),
+        full_lengths=np.array(full, np.int64),
+    )
+
+
+def fitting_length(texts: Sequence[str], tokenizer: Tokenizer, *, most: int) -> int:
+    """The smallest multiple of 32 tokens, at most `most`, under which 99 of 100 texts stay whole."""
+    lengths = encode(texts, tokenizer, 1 << 30).full_lengths
+    return int(min(most, 32 * np.ceil(np.percentile(lengths, 99) / 32)))
+
+
+def foreign_script(texts: Sequence[str], tokenizer: Tokenizer) -> str:
+    """A warning where the base's vocabulary does not cover the script of the texts, else an empty string.
+
+    Judged by what the tokenizer makes of the texts: more than 3 % unknown tokens, or more than 1.5 tokens for each
+    letter outside ASCII (byte pieces). English texts under an English base stand near 0 % and far below 1.
+    """
+    sample = list(texts[:: max(1, len(texts) // 1_000)])[:1_000]
+    letters = Counter(_script(char) for text in sample for char in text if char.isalpha())
+    script, count = letters.most_common(1)[0] if letters else ("", 0)
+    if script in ("", "Latin"):
+        return ""
+    encoded = encode(sample, tokenizer, 1 << 30)
+    model: Any = tokenizer.backend.model
+    unknown = tokenizer.backend.token_to_id(getattr(model, "unk_token", None) or "")
+    unknown_share = float(np.mean(encoded.ids == unknown)) if unknown is not None else 0.0
+    per_letter = len(encoded.ids) / max(1, letters.total())
+    if unknown_share <= 0.03 and per_letter <= 1.5:
+        return ""
+    found = (
+        f"{unknown_share:.0%} of their tokens are unknown to it"
+        if unknown_share > 0.03
+        else f"it cuts a letter into {per_letter:.1f} pieces"
+    )
+    return (
+        f"{count / letters.total():.0%} of the letters are {script}, and this base was not made for them ({found}). "
+        "A base for that language will do better: --base bert-base-chinese or --base xlm-roberta-base"
+    )
+
+
+def _script(char: str) -> str:
+    """The script of a letter, as far as warnings need it."""
+    code = ord(char)
+    for name, ranges in _SCRIPTS.items():
+        if any(low <= code <= high for low, high in ranges):
+            return name
+    return "Latin" if code < 0x0250 or 0x1E00 <= code < 0x1F00 else "of another script"
+
+
+_SCRIPTS = {
+    "Chinese": [(0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)],
+    "Japanese": [(0x3040, 0x30FF)],
+    "Korean": [(0x1100, 0x11FF), (0xAC00, 0xD7AF)],
+    "Cyrillic": [(0x0400, 0x052F)],
+    "Greek": [(0x0370, 0x03FF)],
+    "Arabic": [(0x0600, 0x06FF), (0x0750, 0x077F)],
+    "Hebrew": [(0x0590, 0x05FF)],
+    "Devanagari": [(0x0900, 0x097F)],
+    "Thai": [(0x0E00, 0x0E7F)],
+}
+
+
+def from_base(folder: Path) -> Tokenizer:
+    """The tokenizer of a base model, as transformers loads it: that is what the base was trained with.
+
+    Raises:
+        BaseModelError: the folder has none, or none with a fast form.
+    """
+    from transformers import AutoTokenizer
+
+    mend = "put tokenizer.json and tokenizer_config.json of this model beside its weights"
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises nearly anything here
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BaseModelError(
+            "base.tokenizer", f"The base's tokenizer cannot be loaded: {reason}", where=str(folder), mend=mend
+        ) from error
+    if not hasattr(loaded, "backend_tokenizer"):
+        raise BaseModelError(
+            "base.slow_tokenizer",
+            f"{type(loaded).__name__} is written in Python and has no tokenizer.json form.",
+            where=str(folder),
+            mend="choose a base with a tokenizer.json",
+        )
+    backend = loaded.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    # Decoders have no pad token; their end-of-text token is never read behind the mask.
+    pad = next((i for i in (loaded.pad_token_id, loaded.eos_token_id, 0) if i is not None), 0)
+    limit = loaded.model_max_length if loaded.model_max_length < 1_000_000 else 0
+    return Tokenizer(backend.to_str(), pad, limit)
+
+
+def save(tokenizer: Tokenizer, base_folder: Path, folder: Path) -> None:
+    """Writes the tokenizer's own files: tokenizer.json as it is used here, the base's others as they are."""
+    (folder / "tokenizer.json").write_bytes(tokenizer.json.encode())
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).write_bytes((base_folder / name).read_bytes())
+
+
+def load(folder: Path, pad_id: int, sha256: str) -> Tokenizer:
+    """Reads the tokenizer of an adapter folder.
+
+    Raises:
+        ArtefactError: it is missing or not the one that the adapter was trained with.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ArtefactError(
+            "adapter.incomplete",
+            "The adapter has lost its tokenizer.json.",
+            where=str(folder),
+            mend="copy the whole folder again",
+        )
+    tokenizer = Tokenizer(file.read_bytes().decode(), pad_id)
+    if tokenizer.sha256 != sha256:
+        raise ArtefactError(
+            "adapter.tokenizer",
+            "tokenizer.json is not the one that this adapter was trained with.",
+            where=f"{file}: sha256 {tokenizer.sha256[:12]}, expected {sha256[:12]}",
+            mend="copy the whole adapter folder again",
+        )
+    return tokenizer

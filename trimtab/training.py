@@ -1,0 +1,531 @@
+"""The file to read: recipe -> run. Resolve, build, loop, evaluate, keep the best, save, verify.
+
+Randomness is stateless: row order is a function of (seed, epoch), dropout of (seed, batch). So a run that was
+stopped goes on from its last checkpoint as if it had not been.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trimtab import adapter, batching, checkpoint, config, report, rundir
+from trimtab.classification import compute_logits, loss_sum, metrics
+from trimtab.config import MINILM, Layered, TrainSettings
+from trimtab.errors import ArtefactError, DivergedError
+from trimtab.evaluation import write_predictions
+from trimtab.hub import find_base
+from trimtab.machine import peak_rss_bytes
+from trimtab.model import count, head_modules, inject, load_base, load_config, resolve_targets, trainable
+from trimtab.resolve import Job, Part, resolve
+from trimtab.rundir import RunDir
+
+Observer = Callable[[Mapping[str, Any]], None]
+"""Receives every event of a run, and `progress` events that are not stored."""
+
+_LOWER_IS_BETTER = {"loss"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    metrics: dict[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter folder, for `trimtab.load` or `peft.PeftModel.from_pretrained`."""
+        return self.path / "adapter"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; with the tensors, all that a checkpoint holds."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """The epoch that is under way, from 0."""
+    batch: int = 0
+    """Batches of this epoch that are done."""
+    window_loss: float = 0.0
+    """Loss summed over the rows since the last log line."""
+    window_rows: int = 0
+    best_step: int = -1
+    best_score: float = math.nan
+    epochs_without_better: int = 0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+    """Real tokens trained on."""
+    step_seconds: float = 0.0
+    train_seconds: float = 0.0
+    """Of earlier processes and this one, up to the last checkpoint."""
+
+
+def train(layered: Layered, *, out: str | None = None, observe: Observer = lambda event: None) -> Run:
+    """Trains as the recipe says, in a new run directory.
+
+    Args:
+        layered: The recipe; `trimtab.config.assemble` builds one.
+        out: The run directory; None: a new one under ./runs.
+        observe: Receives every event as it happens.
+
+    Raises:
+        TrimtabError: whatever cannot be, before anything is written; DivergedError while training.
+    """
+    started = time.monotonic()
+    job = resolve(layered)
+    model, head, parameters = build(job)
+    run = rundir.create(out, Path(job.recipe.data.train[0]).name.partition(".")[0])
+    run.recipe.write_text(config.dump(job.layered), "utf-8")
+    _describe(run, job)
+    return _run(run, job, model, head, parameters, started, observe)
+
+
+def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
+    """Goes on with a run that was stopped, from its newest whole checkpoint; a finished run is left as it is.
+
+    Raises:
+        ArtefactError: it is no run directory.
+        DataError: data or base are not what they were.
+    """
+    started = time.monotonic()
+    run = RunDir(rundir.locate(path))
+    if not run.recipe.is_file():
+        raise ArtefactError(
+            "run.not_a_run",
+            "This is not a run directory: it has no recipe.toml.",
+            where=str(run.path),
+            mend="trimtab train FILE",
+        )
+    if run.metrics.is_file():
+        return Run(run.path, json.loads(run.metrics.read_text("utf-8")))
+    job = resolve(config.load_recipe(str(run.recipe)))
+    model, head, parameters = build(job)
+    return _run(run, job, model, head, parameters, started, observe)
+
+
+def build(job: Job) -> tuple[Any, list[str], dict[str, Any]]:
+    """The peft model, its head's modules and the parameter report; a function of the job and its seed."""
+    recipe = job.recipe
+    torch.manual_seed(recipe.train.seed)
+    loaded = load_base(job.base.folder, job.model_config)
+    also = () if recipe.lora.modules_to_save == "auto" else recipe.lora.modules_to_save
+    head = head_modules(loaded.model, loaded.new_parameters, also)
+    targets = recipe.lora.target_modules
+    parameters = count(loaded.model, recipe.lora, targets, head).as_dict()
+    model = inject(loaded.model, recipe.lora, targets, head, job.base.recorded_as)
+    return model.to(job.placement.device), head, parameters
+
+
+def count_parameters(layered: Layered, num_labels: int) -> dict[str, Any]:
+    """The parameter report of a base without any data: what LoRA would train, layer by layer.
+
+    Raises:
+        BaseModelError, RecipeError: the base or a setting cannot be.
+    """
+    recipe = layered.recipe
+    base = find_base(recipe.base.model)
+    loaded = load_base(base.folder, load_config(base.folder, num_labels=num_labels, dropout="config", pad_id=0))
+    head = head_modules(loaded.model, loaded.new_parameters)
+    return count(
+        loaded.model, recipe.lora, resolve_targets(loaded.model, recipe.lora.target_modules, head), head
+    ).as_dict()
+
+
+def _run(
+    run: RunDir,
+    job: Job,
+    model: Any,
+    head: list[str],
+    parameters: dict[str, Any],
+    started: float,
+    observe: Observer,
+) -> Run:
+    def tell(event: str, **values: Any) -> None:
+        line = {"event": event, "time": round(time.time(), 3), **values}
+        run.append(line)
+        observe(line)
+
+    load_seconds = time.monotonic() - started
+    tell(
+        "start",
+        run=str(run.path),
+        rows=len(job.train.examples),
+        eval_rows=len(job.eval.examples),
+        test_rows=len(job.test.examples) if job.test else 0,
+        labels=list(job.labels.values),
+        base_line=_base_line(job),
+        steps_per_epoch=_steps_per_epoch(job),
+        parameters={key: value for key, value in parameters.items() if key != "layers"},
+        placement=job.placement.line,
+        recipe=job.recipe.model_dump(mode="json", exclude={"sha256"}),
+    )
+    for warning in job.warnings:
+        tell("warning", text=warning)
+
+    progress = _loop(run, job, model, tell, observe)
+    best = checkpoint.read(run.checkpoints / f"step-{progress.best_step:06d}")
+    _restore(model, best.tensors)
+    scored, logits, scores = _score(job, model, best)
+    chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
+    card = report.model_card(job, scores, int(chosen["epoch"]), parameters)
+    write_predictions(run.predictions, scored.examples, logits, job.labels)
+    if not run.adapter.exists():
+        adapter.write(
+            run.adapter,
+            model,
+            labels=job.labels,
+            max_length=int(job.recipe.data.max_length),
+            tokenizer=job.tokenizer,
+            base=job.base,
+            head=head,
+            card=card,
+        )
+    verification = _verify_in_fresh_process(run)
+    plan_padding = batching.padding_pct(job.train.encoded.lengths, _plan(job, 0))
+    result = scores | {
+        "scored_on": "test" if job.test else "eval",
+        "epoch": int(chosen["epoch"]),
+        "step": progress.best_step,
+        "evaluations": progress.evaluations,
+        "trainable_parameters": parameters["trainable"],
+        "adapter_bytes": sum(file.stat().st_size for file in run.adapter.glob("adapter_*")),
+        "largest_difference_after_reload": verification["largest_difference"],
+        "tokens_per_s": progress.tokens / max(progress.step_seconds, 1e-9),
+        "padding_pct": plan_padding,
+        "load_seconds": load_seconds,
+        "train_seconds": progress.train_seconds,
+        "verify_seconds": verification["seconds"],
+        "total_seconds": time.monotonic() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    rundir.write_json(run.metrics, result)
+    tell("end", metrics=result)
+    return Run(run.path, result)
+
+
+def _loop(run: RunDir, job: Job, model: Any, tell: Callable[..., None], observe: Observer) -> Progress:
+    """Trains from the newest checkpoint, or from the start, to the last epoch or the last that helped."""
+    settings = job.recipe.train
+    parameters = trainable(model)
+    optimizer = make_optimizer(parameters, settings)
+    total_steps = _steps_per_epoch(job) * int(settings.num_epochs)
+    progress = _load_newest(run, parameters, optimizer, tell)
+    began = last_save = time.monotonic()
+    earlier = progress.train_seconds
+    model.train()
+
+    def save(progress: Progress, logits: npt.NDArray[np.float32] | None = None) -> Progress:
+        nonlocal last_save
+        last_save = time.monotonic()
+        progress = replace(progress, train_seconds=earlier + last_save - began)
+        tensors = _state_tensors(parameters, optimizer)
+        if logits is not None:
+            tensors["eval_logits"] = torch.from_numpy(logits)
+        path = checkpoint.write(run.checkpoints, progress.step, tensors, asdict(progress))
+        checkpoint.prune(run.checkpoints, progress.best_step)
+        tell("checkpoint", step=progress.step, path=path.name)
+        return progress
+
+    while progress.epoch < int(settings.num_epochs) and not _is_over(progress, settings):
+        plan = _plan(job, progress.epoch)
+        while progress.batch < len(plan):
+            group = plan[progress.batch : progress.batch + settings.gradient_accumulation_steps]
+            step_began = time.monotonic()
+            rate = float(settings.learning_rate) * schedule(progress.step, total_steps, settings.warmup_ratio)
+            first_batch = progress.epoch * len(plan) + progress.batch
+            loss, rows, tokens = _step(job, model, parameters, optimizer, group, rate, first_batch)
+            progress = replace(
+                progress,
+                step=progress.step + 1,
+                batch=progress.batch + len(group),
+                window_loss=progress.window_loss + loss,
+                window_rows=progress.window_rows + rows,
+                tokens=progress.tokens + tokens,
+                step_seconds=progress.step_seconds + time.monotonic() - step_began,
+            )
+            epoch_done = progress.epoch + progress.batch / len(plan)
+            observe(
+                {
+                    "event": "progress",
+                    "step": progress.step,
+                    "steps": total_steps,
+                    "epoch": epoch_done,
+                    "loss": loss / rows,
+                    "tokens_per_s": progress.tokens / max(progress.step_seconds, 1e-9),
+                    "remaining_s": progress.step_seconds / progress.step * (total_steps - progress.step),
+                }
+            )
+            if progress.step % settings.log_every_steps == 0:
+                tell(
+                    "step",
+                    step=progress.step,
+                    steps=total_steps,
+                    epoch=round(epoch_done, 3),
+                    loss=progress.window_loss / progress.window_rows,
+                    learning_rate=rate,
+                    tokens_per_s=progress.tokens / max(progress.step_seconds, 1e-9),
+                )
+                progress = replace(progress, window_loss=0.0, window_rows=0)
+            if time.monotonic() - last_save > settings.save_every_s and progress.batch < len(plan):
+                progress = save(progress)
+        progress, logits = _evaluate(job, model, progress, tell, observe)
+        progress = save(replace(progress, epoch=progress.epoch + 1, batch=0), logits)
+    return progress
+
+
+def _step(
+    job: Job,
+    model: Any,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    group: list[npt.NDArray[np.int64]],
+    rate: float,
+    first_batch: int,
+) -> tuple[float, int, int]:
+    """One optimizer step over a group of batches: (loss summed over rows, rows, real tokens).
+
+    Raises:
+        DivergedError: loss or gradients are not finite; the weights were not changed.
+    """
+    settings = job.recipe.train
+    device = job.placement.device
+    rows_in_group = sum(len(rows) for rows in group)
+    total, tokens = 0.0, 0
+    for i, rows in enumerate(group):
+        batch = batching.collate(job.train.encoded, rows, job.tokenizer.pad_id)
+        torch.manual_seed(dropout_seed(settings.seed, first_batch + i))
+        output = model(
+            input_ids=torch.from_numpy(batch.input_ids).to(device),
+            attention_mask=torch.from_numpy(batch.attention_mask).to(device, torch.int64),
+        )
+        loss = loss_sum(output.logits, torch.from_numpy(batch.labels).to(device))
+        (loss / rows_in_group).backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+        tokens += int(batch.attention_mask.sum())
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm or math.inf)
+    if not (math.isfinite(total) and math.isfinite(norm.item())):
+        raise DivergedError(
+            "train.diverged",
+            f"The loss is {total / rows_in_group:g} and the gradient norm {norm.item():g}; "
+            "the weights were not changed.",
+            where=f"batch {first_batch + 1}, learning rate {rate:g}",
+            mend=f"--set train.learning_rate={float(settings.learning_rate) / 3:.1g}",
+        )
+    for parameter_group in optimizer.param_groups:
+        parameter_group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, rows_in_group, tokens
+
+
+def _evaluate(
+    job: Job, model: Any, progress: Progress, tell: Callable[..., None], observe: Observer
+) -> tuple[Progress, npt.NDArray[np.float32]]:
+    """Scores the evaluation part at the end of an epoch and notes whether it is the best so far."""
+    metric = job.recipe.train.metric_for_best_model
+    done = 0
+
+    def after_batch(rows: int) -> None:
+        nonlocal done
+        done += rows
+        observe({"event": "progress", "evaluated": done, "eval_rows": len(job.eval.encoded)})
+
+    logits = compute_logits(model, job.eval.encoded, job.tokenizer.pad_id, after_batch=after_batch)
+    scores = metrics(logits, job.eval.encoded.labels, job.labels.values)
+    entry = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        **{k: scores[k] for k in ("loss", "accuracy", "macro_f1")},
+    }
+    better = _is_better(entry, progress, metric)
+    progress = replace(
+        progress,
+        evaluations=[*progress.evaluations, entry],
+        best_step=progress.step if better else progress.best_step,
+        best_score=entry[metric] if better else progress.best_score,
+        epochs_without_better=0 if better else progress.epochs_without_better + 1,
+    )
+    tell("eval", **entry, best=better)
+    return progress, logits
+
+
+def _is_better(entry: Mapping[str, float], progress: Progress, metric: str) -> bool:
+    """Whether an epoch beats the best so far; a tie goes to the lower loss, then to the earlier epoch."""
+    if progress.best_step < 0:
+        return True
+    best = next(e for e in progress.evaluations if e["step"] == progress.best_step)
+    if entry[metric] != best[metric]:
+        return (entry[metric] < best[metric]) == (metric in _LOWER_IS_BETTER)
+    return entry["loss"] < best["loss"]
+
+
+def _is_over(progress: Progress, settings: TrainSettings) -> bool:
+    return 0 < settings.early_stopping_patience <= progress.epochs_without_better
+
+
+def _plan(job: Job, epoch: int) -> list[npt.NDArray[np.int64]]:
+    settings = job.recipe.train
+    return batching.plan(
+        job.train.encoded.lengths,
+        settings.batch_size,
+        seed=settings.seed,
+        epoch=epoch,
+        group_by_length=settings.group_by_length,
+    )
+
+
+def _steps_per_epoch(job: Job) -> int:
+    settings = job.recipe.train
+    return math.ceil(math.ceil(len(job.train.examples) / settings.batch_size) / settings.gradient_accumulation_steps)
+
+
+def _base_line(job: Job) -> str:
+    """Which base it is, from where, and how that is known."""
+    hint = "; slower and better: --base roberta-base" if job.base.hub_id == MINILM else ""
+    place = {
+        "folder": "a folder",
+        "package": "an installed package",
+        "cache": "the hub's cache",
+        "hub": "the hub",
+    }
+    known = "checked" if job.base.hub_id == MINILM else job.base.weights_sha256[:12]
+    return f"{job.base.name} from {place[job.base.source]}, sha256 of the weights {known}{hint}"
+
+
+def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with Trainer's betas and epsilon; only matrices decay."""
+    decay = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
+    free = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+
+
+def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
+    """The share of the learning rate at optimizer step `step` (from 0): linear up, then linear down to 0.
+
+    Warm-up takes `warmup_ratio` of all steps, at least 10 where it is above 0, and never more than half.
+    """
+    warmup = min(max(10, math.ceil(warmup_ratio * total_steps)), total_steps // 2) if warmup_ratio > 0 else 0
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (total_steps - step) / max(1, total_steps - warmup)
+
+
+def dropout_seed(seed: int, batch: int) -> int:
+    """The seed of torch's generator for one batch, counted over all epochs."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _state_tensors(
+    parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.AdamW
+) -> dict[str, torch.Tensor]:
+    """Trained parameters and AdamW's two moments, by name; the moments' step is the run's."""
+    tensors = {f"parameter/{name}": parameter.data.cpu() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].cpu()
+    return tensors
+
+
+def _load_newest(
+    run: RunDir,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    tell: Callable[..., None],
+) -> Progress:
+    found, skipped = checkpoint.newest(run.checkpoints)
+    for reason in skipped:
+        tell("warning", text=f"a checkpoint was passed over and set aside: {reason}")
+    if found is None:
+        return Progress()
+    progress = Progress(**found.state)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(found.tensors[f"parameter/{name}"])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(progress.step)),
+                **{m: found.tensors[f"{m}/{name}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq")},
+            }
+    tell("resume", step=progress.step, path=found.path.name)
+    return progress
+
+
+def _restore(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+
+
+def _score(job: Job, model: Any, best: checkpoint.Checkpoint) -> tuple[Part, npt.NDArray[np.float32], dict[str, Any]]:
+    """The headline: the test rows where there are any, else the evaluation rows that also chose the epoch."""
+    eval_logits = best.tensors["eval_logits"].numpy()
+    eval_scores = metrics(eval_logits, job.eval.encoded.labels, job.labels.values)
+    if job.test is None:
+        return job.eval, eval_logits, eval_scores | {"chosen_on_these_rows": True}
+    logits = compute_logits(model, job.test.encoded, job.tokenizer.pad_id)
+    scores = metrics(logits, job.test.encoded.labels, job.labels.values) | {"chosen_on_these_rows": False}
+    return (
+        job.test,
+        logits,
+        scores | {f"chosen_on_{key}": eval_scores[key] for key in ("accuracy", "macro_f1", "loss")},
+    )
+
+
+def _verify_in_fresh_process(run: RunDir) -> dict[str, Any]:
+    """Loads the saved adapter in a new process and compares logits; the run is done only if they are the same.
+
+    Raises:
+        ArtefactError: the adapter on disk does not answer as the trained model did.
+    """
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab", "verify", str(run.path), "--json"],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if done.returncode != 0:
+        raise ArtefactError(
+            "adapter.verification",
+            "The saved adapter does not answer as the trained model did, so this run is not done.",
+            where=f"{run.adapter}: {done.stderr.strip() or done.stdout.strip()}",
+            mend="this should never happen: please report it with environment.json",
+        )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found | {"seconds": time.monotonic() - began}
+
+
+def _describe(run: RunDir, job: Job) -> None:
+    """What is known before the first step: environment, data report, rows set aside."""
+    rundir.write_json(
+        run.environment,
+        rundir.environment()
+        | {
+            "device": job.placement.device.type,
+            "device_reason": job.placement.device_reason,
+            "threads": job.placement.threads,
+            "threads_reason": job.placement.threads_reason,
+            "dtype": "float32",
+            "sha256": job.recipe.sha256,
+        },
+    )
+    rundir.write_json(run.data_report, job.data_report)
+    if job.rejects:
+        with run.rejects.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "line", "reason", "value"])
+            writer.writerows(job.rejects)
