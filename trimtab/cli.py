@@ -340,9 +340,12 @@ def _usage(problem: str) -> NoReturn:
 
 
 def _stdin_lines() -> list[str]:
+    from trimtab.data import decode
+
     if sys.stdin.isatty():
         print("one text a line, then Ctrl-D:", file=sys.stderr)
-    return [line for line in (raw.rstrip("\r\n") for raw in sys.stdin) if line.strip()]
+    text, _ = decode(Path("stdin"), sys.stdin.buffer.read())
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
 
 
 def _shown(path: Path) -> str:

@@ -431,7 +431,7 @@ def _read_parquet(path: Path) -> Table:
 
 
 def _read_text(path: Path, kind: str) -> Table:
-    text, encoding = _decode(path, _bytes(path))
+    text, encoding = decode(path, _bytes(path))
     if not text.strip():
         raise DataError("data.empty", "This file is empty.", where=str(path), mend="a header line, then one row a text")
     if kind == "json":
@@ -451,7 +451,7 @@ def _bytes(path: Path) -> bytes:
         ) from None
 
 
-def _decode(path: Path, raw: bytes) -> tuple[str, str]:
+def decode(path: Path, raw: bytes) -> tuple[str, str]:
     """Strict UTF-8 first, then GB18030 where the result is plausible; never a replacement character.
 
     GB18030 must not come first: most UTF-8 lines decode under it, to nonsense. It takes many Latin-1 files too, to

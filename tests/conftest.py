@@ -1,0 +1,55 @@
+"""Fixtures of all tests: no hub, no network but loopback, a small real base, a small labelled file."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["NO_PROXY"] = "127.0.0.1"
+os.environ.pop("HF_ENDPOINT", None)
+sys.path.insert(0, str(Path(__file__).parent))
+
+import bases
+
+GOOD = ("good", "wonderful", "great")
+BAD = ("bad", "boring", "awful")
+
+
+def reviews(rows: int) -> list[tuple[str, str]]:
+    """Short reviews whose label is told by one word; lengths differ, so that batches need padding."""
+    found = []
+    for i in range(rows):
+        word, label = (GOOD[i % 3], "pos") if i % 2 else (BAD[i % 3], "neg")
+        found.append((f"the film {'and the plot ' * (i % 4)}was {word} {i % 7}", label))
+    return found
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]], header: str = "text,label") -> Path:
+    path.write_text("\n".join([header, *(f"{text},{label}" for text, label in rows)]) + "\n", "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bases.write_base(tmp_path_factory.mktemp("bases") / "bert", "bert")
+
+
+@pytest.fixture
+def csv_file(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "reviews.csv", reviews(96))
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works in a folder of its own, so that ./runs is nobody else's."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the check in a fresh process, which takes seconds of imports; other tests hold that check."""
+    from trimtab import training
+
+    monkeypatch.setattr(training, "_verify_in_fresh_process", lambda run: {"largest_difference": 0.0, "seconds": 0.0})

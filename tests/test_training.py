@@ -1,0 +1,277 @@
+"""The loop: repeats to the byte, resumes to the byte, keeps the best, and does what transformers' Trainer does."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import reviews, write_csv
+
+import trimtab
+from trimtab import batching, checkpoint, config, training
+from trimtab.config import Layered
+from trimtab.errors import ArtefactError, DataError, DivergedError, RecipeError
+from trimtab.resolve import resolve
+from trimtab.training import Progress
+
+
+def small(csv_file: Path, base: Path, **settings: Any) -> Layered:
+    values = {"train.num_epochs": 2, "train.learning_rate": 5e-3, "base.dropout": 0.1, "lora.lora_dropout": 0.1}
+    values |= {key.replace("__", "."): value for key, value in settings.items()}
+    return config.assemble(flags={"data.train": (str(csv_file),), "base.model": str(base)}).override(values, "test")
+
+
+@pytest.fixture
+def still_bert(bert: Path, tmp_path: Path) -> Path:
+    """A base without any dropout, that of the head included."""
+    folder = Path(shutil.copytree(bert, tmp_path / "still"))
+    config_file = folder / "config.json"
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | still))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def lasting(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics without times, memory and rates."""
+    return {k: v for k, v in metrics.items() if not k.endswith(("_seconds", "_bytes", "_per_s"))}
+
+
+@pytest.mark.usefixtures("quick")
+class TestRepeat:
+    def test_the_recipe_of_a_run_repeats_it_to_the_byte(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        first = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
+        again = training.train(config.load_recipe(str(first.path / "recipe.toml")), out=str(tmp_path / "b"))
+        assert contents(first.adapter) == contents(again.adapter)
+        assert lasting(first.metrics) == lasting(again.metrics)
+        assert (first.path / "recipe.toml").read_text().replace("/a", "") != ""
+        other = training.train(small(csv_file, bert, train__seed=7), out=str(tmp_path / "c"))
+        assert contents(first.adapter) != contents(other.adapter), "the seed must reach the weights"
+
+    @pytest.mark.parametrize("stop_at", [1, 4, 6, 9])
+    def test_a_stopped_run_resumes_to_the_byte(self, csv_file: Path, bert: Path, tmp_path: Path, stop_at: int) -> None:
+        layered = small(csv_file, bert, train__save_every_s=1e-9, train__log_every_steps=4)
+        whole = training.train(layered, out=str(tmp_path / "whole"))
+
+        def stop(event: Mapping[str, Any]) -> None:
+            if event["event"] == "progress" and event.get("step") == stop_at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            training.train(layered, out=str(tmp_path / "cut"), observe=stop)
+        assert not (tmp_path / "cut" / "adapter").exists()
+        resumed = training.resume(tmp_path / "cut")
+        assert contents(whole.adapter) == contents(resumed.adapter)
+        assert (whole.path / "predictions.parquet").read_bytes() == (resumed.path / "predictions.parquet").read_bytes()
+        assert lasting(whole.metrics) == lasting(resumed.metrics)
+
+    def test_a_damaged_checkpoint_is_passed_over(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        layered = small(csv_file, bert)
+        whole = training.train(layered, out=str(tmp_path / "whole"))
+        cut = training.train(layered, out=str(tmp_path / "cut"))
+        (cut.path / "metrics.json").unlink()
+        newest = sorted(cut.path.glob("checkpoints/step-*"))[-1]
+        raw = bytearray((newest / "tensors.safetensors").read_bytes())
+        raw[-1] ^= 1
+        (newest / "tensors.safetensors").write_bytes(bytes(raw))
+        for file in cut.adapter.iterdir():
+            file.unlink()
+        cut.adapter.rmdir()
+        told: list[str] = []
+        resumed = training.resume(cut.path, observe=lambda event: told.append(str(event.get("text", ""))))
+        assert any(newest.name in text for text in told)
+        assert contents(whole.adapter) == contents(resumed.adapter)
+
+    def test_a_finished_run_is_left_as_it_is(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
+        before = {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
+        assert training.resume(run.path).metrics == run.metrics
+        assert before == {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
+
+    def test_changed_data_is_refused(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
+        write_csv(csv_file, reviews(98))
+        with pytest.raises(DataError, match="not what this recipe was written for"):
+            training.train(config.load_recipe(str(run.path)), out=str(tmp_path / "b"))
+        assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.usefixtures("quick")
+class TestLoop:
+    def test_it_learns_and_the_best_epoch_is_what_is_saved(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        evaluation = write_csv(tmp_path / "eval.csv", reviews(40))
+        run = training.train(
+            small(csv_file, bert, train__num_epochs=12, data__eval=(str(evaluation),)), out=str(tmp_path / "run")
+        )
+        scores = run.metrics["evaluations"]
+        assert run.metrics["accuracy"] == max(entry["accuracy"] for entry in scores) > 0.9
+        assert run.metrics["chosen_on_these_rows"] is True
+        classifier = trimtab.load(run.path)
+        answers = classifier.predict([text for text, _ in reviews(40)])
+        right = np.mean([answer.label == label for answer, (_, label) in zip(answers, reviews(40), strict=True)])
+        assert right == run.metrics["accuracy"]
+
+    def test_test_rows_are_the_headline(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        test = write_csv(tmp_path / "test.csv", reviews(30))
+        run = training.train(small(csv_file, bert, data__test=(str(test),)), out=str(tmp_path / "run"))
+        assert run.metrics["scored_on"] == "test"
+        assert run.metrics["eval_rows"] == 30
+        assert run.metrics["chosen_on_these_rows"] is False
+        assert "chosen_on_accuracy" in run.metrics
+
+    def test_early_stopping(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        run = training.train(
+            small(csv_file, bert, train__num_epochs=9, train__early_stopping_patience=2, train__learning_rate=0.0),
+            out=str(tmp_path / "run"),
+        )
+        assert [entry["epoch"] for entry in run.metrics["evaluations"]] == [1, 2, 3]
+        assert run.metrics["epoch"] == 1
+
+    def test_accumulating_two_halves_is_one_batch(self, csv_file: Path, still_bert: Path, tmp_path: Path) -> None:
+        still = {"base__dropout": 0.0, "lora__lora_dropout": 0.0, "train__group_by_length": False}
+        whole = training.train(small(csv_file, still_bert, train__batch_size=16, **still), out=str(tmp_path / "a"))
+        halves = training.train(
+            small(csv_file, still_bert, train__batch_size=8, train__gradient_accumulation_steps=2, **still),
+            out=str(tmp_path / "b"),
+        )
+        for one, two in zip(whole.metrics["evaluations"], halves.metrics["evaluations"], strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+
+    def test_divergence_keeps_the_weights_and_suggests_a_rate(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        with pytest.raises(DivergedError, match="learning_rate="):
+            training.train(
+                small(csv_file, bert, train__learning_rate=1e38, train__num_epochs=20), out=str(tmp_path / "run")
+            )
+
+    def test_a_used_out_is_refused_untouched(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+        with pytest.raises(RecipeError, match="not empty"):
+            training.train(small(csv_file, bert), out=str(tmp_path / "mine"))
+        assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+    def test_bad_rows_leave_no_run_behind(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        csv_file.write_text(csv_file.read_text() + ",pos\n")
+        with pytest.raises(DataError, match="line 98"):
+            training.train(small(csv_file, bert))
+        assert not (tmp_path / "runs").exists()
+        run = training.train(small(csv_file, bert, data__bad_rows="skip"))
+        assert (run.path / "rejects.csv").read_text().splitlines()[1].endswith(",98,empty,")
+        assert json.loads((run.path / "data_report.json").read_text())["train"]["rows_skipped"] == {"empty": 1}
+
+
+def test_a_fresh_process_checks_the_saved_adapter(csv_file: Path, bert: Path, tmp_path: Path) -> None:
+    run = training.train(small(csv_file, bert, train__num_epochs=1), out=str(tmp_path / "run"))
+    assert run.metrics["largest_difference_after_reload"] < 1e-5
+    predictions = (run.path / "predictions.parquet").read_bytes()
+    other = training.train(small(csv_file, bert, train__num_epochs=1, train__seed=7), out=str(tmp_path / "other"))
+    (other.path / "predictions.parquet").write_bytes(predictions)
+    with pytest.raises(ArtefactError, match="does not answer as the trained model did"):
+        training._verify_in_fresh_process(training.RunDir(other.path))
+
+
+def test_the_tutorial_does_what_transformers_trainer_does(csv_file: Path, still_bert: Path, tmp_path: Path) -> None:
+    """The same rows in the same order through transformers' own Trainer: the same weights, the same best epoch."""
+    from transformers import Trainer, TrainingArguments
+
+    settings = {"lora.lora_dropout": 0.0, "data.limit_train": 0, "data.limit_eval": 0}
+    layered = config.assemble("tutorial", {"data.train": (str(csv_file),), "base.model": str(still_bert)})
+    job = resolve(layered.override(settings, "test"))
+    run = training.train(layered.override(settings, "test"), out=str(tmp_path / "ours"))
+
+    model, _, _ = training.build(job)
+    pad = job.tokenizer.pad_id
+
+    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+        encoded = job.train.encoded if rows[0] < 1_000 else job.eval.encoded
+        batch = batching.collate(encoded, np.array(rows) % 1_000, pad)
+        return {
+            "input_ids": torch.from_numpy(batch.input_ids),
+            "attention_mask": torch.from_numpy(batch.attention_mask).long(),
+            "labels": torch.from_numpy(batch.labels),
+        }
+
+    order = [int(row) for epoch in range(3) for rows in training._plan(job, epoch) for row in rows]
+
+    class InOurOrder(Trainer):
+        epoch = 0
+
+        def _get_train_sampler(self, *_: Any) -> list[int]:
+            return _Epochs(order, len(job.train.encoded))
+
+    trainer = InOurOrder(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "theirs"),
+            use_cpu=True,
+            num_train_epochs=3,
+            per_device_train_batch_size=16,
+            learning_rate=1e-3,
+            weight_decay=0.01,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            logging_steps=10,
+            load_best_model_at_end=True,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        ),
+        train_dataset=list(range(len(job.train.encoded))),
+        eval_dataset=[1_000 + row for row in range(len(job.eval.encoded))],
+        data_collator=collate,
+    )
+    trainer.train()
+    theirs = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    ours = [entry["loss"] for entry in run.metrics["evaluations"]]
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    best = checkpoint.read(run.path / "checkpoints" / f"step-{run.metrics['step']:06d}")
+    for name, parameter in training.trainable(model).items():
+        torch.testing.assert_close(best.tensors[f"parameter/{name}"], parameter.data, atol=2e-5, rtol=1e-4)
+
+
+class _Epochs:
+    """A sampler that gives the next epoch's rows each time it is asked."""
+
+    def __init__(self, order: list[int], rows: int) -> None:
+        self.order, self.rows, self.epoch = order, rows, 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Any:
+        start = self.epoch * self.rows
+        self.epoch += 1
+        return iter(self.order[start : start + self.rows])
+
+
+def test_the_schedule_is_linear() -> None:
+    assert [training.schedule(step, 4, 0.0) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    warm = [training.schedule(step, 100, 0.06) for step in range(100)]
+    assert warm.index(max(warm)) == 10, "at least 10 steps"
+    assert warm[0] == pytest.approx(1 / 11)
+    assert warm[-1] == pytest.approx(1 / 90)
+    assert max(training.schedule(step, 6, 0.5) for step in range(6)) == 1.0, "a short run still reaches its rate"
+
+
+def test_ties_go_to_the_lower_loss_then_to_the_earlier_epoch() -> None:
+    best = {"epoch": 1, "step": 5, "accuracy": 0.8, "loss": 0.5}
+    progress = Progress(best_step=5, best_score=0.8, evaluations=[best])
+    assert training._is_better({"accuracy": 0.8, "loss": 0.4}, progress, "accuracy")
+    assert not training._is_better({"accuracy": 0.8, "loss": 0.5}, progress, "accuracy")
+    assert training._is_better({"accuracy": 0.7, "loss": 0.4}, progress, "loss")
+    assert not training._is_better({"accuracy": 0.9, "loss": 0.6}, progress, "loss")
+
+
+def test_dropout_seeds_differ_from_batch_to_batch() -> None:
+    seeds = {training.dropout_seed(seed, batch) for seed in range(20) for batch in range(200)}
+    assert len(seeds) == 4_000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert not math.isnan(sum(seeds))
