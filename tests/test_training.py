@@ -129,7 +129,7 @@ class TestLoop:
 
     def test_early_stopping(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         run = training.train(
-            small(csv_file, bert, train__num_epochs=9, train__early_stopping_patience=2, train__learning_rate=0.0),
+            small(csv_file, bert, train__num_epochs=9, train__early_stopping_patience=2, train__learning_rate=1e-30),
             out=str(tmp_path / "run"),
         )
         assert [entry["epoch"] for entry in run.metrics["evaluations"]] == [1, 2, 3]

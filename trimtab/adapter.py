@@ -7,6 +7,7 @@ unordered sets.
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,36 @@ def write(
 ) -> None:
     """Writes the adapter of a trained peft model into a new folder, which appears whole or not at all."""
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was stopped here, with the same number
     draft.mkdir()
+    try:
+        _write_files(
+            draft,
+            model,
+            labels=labels,
+            max_length=max_length,
+            tokenizer=tokenizer,
+            base=base,
+            head=head,
+            card=card,
+        )
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _write_files(
+    draft: Path,
+    model: Any,
+    *,
+    labels: Labels,
+    max_length: int,
+    tokenizer: Tokenizer,
+    base: Base,
+    head: list[str],
+    card: str,
+) -> None:
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     # "format" tells transformers and peft which library's tensors these are.
     (draft / "adapter_model.safetensors").write_bytes(
@@ -108,7 +138,6 @@ def write(
         },
     )
     (draft / "README.md").write_text(card, "utf-8")
-    draft.rename(folder)
 
 
 def probe(model: Any, tokenizer: Tokenizer, max_length: int) -> npt.NDArray[np.float32]:
@@ -133,14 +162,21 @@ def read(folder: Path) -> Adapter:
     config = _read_json(folder, "adapter_config.json")
     try:
         values = tuple(item["label"] for item in meta["labels"])
-        names = tuple("/".join(item["names"][lang] for lang in LANGUAGES) for item in meta["labels"] if "names" in item)
+        # A name that is the same in every language was given once.
+        names = tuple(
+            "/".join(dict.fromkeys(item["names"][lang] for lang in LANGUAGES))
+            for item in meta["labels"]
+            if "names" in item
+        )
+        if names and len(names) != len(values):
+            raise ValueError("some labels have names and some have none")
         preprocessing = meta["preprocessing"]
         return Adapter(
             folder=folder,
             labels=Labels(values, names),
             max_length=int(preprocessing["max_length"]),
             tokenizer=tokens.load(folder, int(preprocessing["pad_id"]), preprocessing["tokenizer_sha256"]),
-            base=dict(meta["base"]),
+            base={key: str(meta["base"][key]) for key in ("name", "hub_id", "weights_sha256", "tokenizer_sha256")},
             lora=_lora_settings(config),
             head=tuple(meta["head"]),
             probes=tuple((item["text"], tuple(item["logits"])) for item in meta["probes"]),
@@ -207,14 +243,18 @@ def load_model(adapter: Adapter, base: Base) -> Any:
         ArtefactError: a tensor is missing, extra, of another shape or not finite.
     """
     config = load_config(base.folder, num_labels=len(adapter.labels), dropout="config", pad_id=adapter.tokenizer.pad_id)
-    model = inject(
-        load_base(base.folder, config).model,
-        adapter.lora,
-        adapter.lora.target_modules,
-        adapter.head,
-        base.recorded_as,
-    )
     path = adapter.folder / "adapter_model.safetensors"
+    loaded, targets = load_base(base.folder, config).model, adapter.lora.target_modules
+    try:
+        model = inject(loaded, adapter.lora, targets, adapter.head, base.recorded_as)
+    except ValueError as error:  # peft's, and our RecipeError
+        raise ArtefactError(
+            "adapter.damaged",
+            f"The target modules {some(targets)} or the head {some(adapter.head)} do not fit the base: "
+            f"{str(error).splitlines()[0]}",
+            where=str(adapter.folder),
+            mend="copy the whole adapter folder again",
+        ) from None
     tensors = _read_tensors(path)
     expected = {
         name: tuple(t.shape) for name, t in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()

@@ -41,7 +41,7 @@ def evaluation_plan(lengths: npt.NDArray[np.int64], max_tokens: int = 4_096) -> 
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):
-        size = max(1, max_tokens // int(lengths[order[start]]))
+        size = max(1, max_tokens // max(1, int(lengths[order[start]])))
         batches.append(order[start : start + size])
         start += size
     return batches

@@ -115,7 +115,8 @@ def metrics(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], name
         labels, answers, labels=range(len(names)), zero_division=0.0
     )
     occurs = (support > 0) | np.isin(np.arange(len(names)), answers)
-    log_probability = np.log(np.maximum(softmax(logits)[np.arange(len(labels)), labels], 1e-300))
+    exact = logits.astype(np.float64)
+    log_probability = exact[np.arange(len(labels)), labels] - np.logaddexp.reduce(exact, axis=1)
     return {
         "eval_rows": len(labels),
         "loss": float(-log_probability.mean()),

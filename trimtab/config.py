@@ -6,6 +6,7 @@ recipe file states only what differs. Recipes hold values, never code; unknown k
 """
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from trimtab.errors import RecipeError, did_you_mean
 
@@ -55,6 +56,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("something else than true or false")
+        return value
+
 
 class DataSettings(Section):
     """Which rows are read, and how they are cut."""
@@ -70,7 +78,7 @@ class DataSettings(Section):
     eval_fraction: float = Field(0.1, gt=0, lt=1, description="Share of rows kept for evaluation, by class.")
     limit_train: int = Field(0, ge=0, description="At most this many training rows, drawn at random; 0: all.")
     limit_eval: int = Field(0, ge=0, description="At most this many evaluation rows, drawn at random; 0: all.")
-    max_length: int | Auto = Field(
+    max_length: Annotated[int, Field(ge=8)] | Auto = Field(
         "auto", description="Tokens a text is cut at; auto: 99 of 100 texts fit, in steps of 32, at most 256."
     )
     bad_rows: Literal["error", "skip"] = Field("error", description="Rows that cannot be used: stop, or set aside.")
@@ -81,7 +89,7 @@ class BaseSettings(Section):
     """The frozen model."""
 
     model: str = Field(MINILM, description="A folder or a hub id.")
-    dropout: float | Literal["config"] = Field(
+    dropout: Annotated[float, Field(ge=0, lt=1)] | Literal["config"] = Field(
         0.0, description="Dropout in the base while training; config: as the model's config says."
     )
 
@@ -104,10 +112,14 @@ class LoraSettings(Section):
 class TrainSettings(Section):
     """The loop."""
 
-    num_epochs: int | Auto = Field("auto", description="auto: 3, more where 400 steps need it, at most 20.")
+    num_epochs: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="auto: 3, more where 400 steps need it, at most 20."
+    )
     batch_size: int = Field(16, ge=1, description="Rows a step.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches an optimizer step.")
-    learning_rate: float | Auto = Field("auto", description="auto: 1e-3, 5e-4 from width 768, 3e-4 from 1024.")
+    learning_rate: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto", description="auto: 1e-3, 5e-4 from width 768, 3e-4 from 1024."
+    )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only.")
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of steps of warm-up; above 0: at least 10.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm is clipped at this; 0: never.")
@@ -118,7 +130,7 @@ class TrainSettings(Section):
     group_by_length: bool = Field(True, description="Put texts of similar length into a batch.")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two log lines.")
     save_every_s: float = Field(30.0, gt=0, description="Seconds between two checkpoints; each epoch has one too.")
-    seed: int = Field(42, ge=0, description="Seed of the head, of A, of row order and of dropout.")
+    seed: int = Field(42, ge=0, lt=2**63, description="Seed of the head, of A, of row order and of dropout.")
 
 
 class RuntimeSettings(Section):
@@ -197,9 +209,9 @@ def load_recipe(name_or_file: str) -> Layered:
         origin = f"recipe {name_or_file}"
     else:
         path = Path(name_or_file)
-        if path.is_dir() and (path / "recipe.toml").is_file():
+        if os.path.isdir(path) and (path / "recipe.toml").is_file():
             path = path / "recipe.toml"
-        if not path.is_file():
+        if not os.path.isfile(path):  # and not path.is_file(), which raises where the name is too long
             raise RecipeError(
                 "recipe.missing",
                 f'There is no recipe "{name_or_file}": neither a file nor one of those that come with trimtab '
@@ -208,7 +220,7 @@ def load_recipe(name_or_file: str) -> Layered:
             )
         origin = f"recipe {path.name}"
         try:
-            text = path.read_text("utf-8")
+            text = path.read_text("utf-8-sig")
         except UnicodeDecodeError as error:
             raise RecipeError("recipe.encoding", "A recipe is a UTF-8 text.", where=f"{path}: {error}") from None
     try:
@@ -273,7 +285,7 @@ def dump(layered: Layered) -> str:
 
 
 def _toml_key(name: str) -> str:
-    return name if name.isidentifier() and name.isascii() else json.dumps(name, ensure_ascii=False)
+    return name if name.isidentifier() and name.isascii() else _toml(name)
 
 
 def _toml(value: object) -> str:
@@ -286,9 +298,12 @@ def _toml(value: object) -> str:
 
 
 def _unknown(key: str, origin: str = "") -> RecipeError:
-    known = [*keys(), *Recipe.model_fields]
-    guess = did_you_mean(key, known) or did_you_mean(key.rpartition(".")[2], [k.partition(".")[2] for k in known])
-    by_name = [full for full in known if full.partition(".")[2] == key.rpartition(".")[2]]
+    if key in Recipe.model_fields:
+        inner = next((full for full in keys() if full.startswith(f"{key}.")), f"{key}.PATH")
+        return RecipeError("recipe.key", f'"{key}" is a table, no setting.', where=origin, mend=f"--set {inner}=VALUE")
+    by_name = [full for full in keys() if full.partition(".")[2] == key.rpartition(".")[2]]
+    # A table is proposed to the header of one only: [loar].
+    guess = did_you_mean(key, [*keys(), *([] if "." in key or not origin else Recipe.model_fields)])
     if by_name:
         guess = f' Did you mean "{by_name[0]}"?'
     return RecipeError(

@@ -10,6 +10,8 @@ import gzip
 import io
 import json
 import math
+import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -40,7 +42,10 @@ _SUFFIXES = {
     ".json": "json",
     ".parquet": "parquet",
 }
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_HALF = re.compile("[\ud800-\udfff]")  # JSON's \ud83d without its other half: no file and no tokenizer takes it
 _MENDS = {
+    "half a character": r"an escape such as \ud83d has lost its other half: write the text again, or: --bad-rows skip",
     "ragged": 'quote the text: a comma inside it needs "..." around the cell; or set such rows aside: --bad-rows skip',
     "null": "fill the cell, or set such rows aside: --bad-rows skip",
     "empty": "fill the cell, or set such rows aside: --bad-rows skip",
@@ -79,7 +84,7 @@ class Table:
     path: Path
     columns: dict[str, list[Any]]
     lines: list[int]
-    """Where each row stands: line of a text file (of its last line, where a cell has several), row of a parquet."""
+    """Where each row stands: line of a text file (the first, where a cell has several), row of a parquet."""
     ragged: list[Reject] = field(default_factory=list)
     encoding: str = "UTF-8"
     delimiter: str = ""
@@ -128,12 +133,15 @@ def read_rows(
     rejects: list[Reject] = []
     kinds: list[str] = []
     files = []
+    text_column = label_column = ""
     for path in expand(paths):
         table = read_table(path)
-        text_column, label_column = find_columns(table, text, label)
         name = str(table.path)
         rejects += table.ragged
-        for line, cell, raw in zip(table.lines, table.columns[text_column], table.columns[label_column], strict=True):
+        if table.lines or not table.ragged:
+            text_column, label_column = find_columns(table, text, label)
+        cells = zip(table.lines, table.columns.get(text_column, []), table.columns.get(label_column, []), strict=True)
+        for line, cell, raw in cells if table.lines else ():
             value, kind, problem = _label(raw)
             problem = _text_problem(cell) or problem
             if not problem and known_labels is not None and value not in known_labels:
@@ -143,7 +151,7 @@ def read_rows(
                 rejects.append(Reject(name, line, problem, str(shown)[:80]))
             else:
                 examples.append(Example(cell, value, name, line))
-                kinds.append(kind)
+                kinds.append("" if table.delimiter else kind)  # a CSV has no kinds
         files.append(
             {
                 "path": name,
@@ -158,7 +166,7 @@ def read_rows(
         gone = {(reject.file, reject.line) for reject in mixed}
         examples = [example for example in examples if (example.file, example.line) not in gone]
         rejects += mixed
-    if rejects and not skip_bad:
+    if rejects and not (skip_bad and examples):
         raise _bad_rows(rejects, len(examples) + len(rejects), known_labels)
     if not examples:
         raise DataError(
@@ -173,10 +181,9 @@ def read_rows(
 def sorted_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """The distinct labels in their one order, whatever the rows': numbers by value, else by code point."""
     distinct = set(labels)
-    try:
+    if all(_NUMBER.fullmatch(label) for label in distinct):  # float() takes nan and 1_0 too; nan has no order
         return tuple(sorted(distinct, key=lambda label: (float(label), label)))
-    except ValueError:
-        return tuple(sorted(distinct))
+    return tuple(sorted(distinct))
 
 
 def check_classes(examples: Sequence[Example]) -> tuple[str, ...]:
@@ -241,6 +248,13 @@ def find_columns(table: Table, text: str, label: str) -> tuple[str, str]:
             table, text_column
         )
     text_column = text_column or _other_of_two(table, label_column)
+    if text_column and text_column == label_column:
+        raise DataError(
+            "data.same_column",
+            f'"{text_column}" cannot be both the text and the label.',
+            where=str(table.path),
+            mend="--text COLUMN --label COLUMN, two different ones",
+        )
     if not text_column or not label_column:
         missing = "text" if not text_column else "label"
         raise DataError(
@@ -300,11 +314,15 @@ def _text_problem(cell: object) -> str:
         return "null"
     if not isinstance(cell, str):
         return "not text"
+    if _HALF.search(cell):
+        return "half a character"
     return "" if cell.strip() else "empty"
 
 
 def _label(raw: object) -> tuple[str, str, str]:
     """A raw label as (label, kind, problem); the label is the string that stands in every file of ours."""
+    if isinstance(raw, str) and _HALF.search(raw):
+        return "", "", "half a character"
     if isinstance(raw, str):
         return (raw, "string", "") if raw.strip() else ("", "", "empty")
     if isinstance(raw, bool):
@@ -318,7 +336,7 @@ def _label(raw: object) -> tuple[str, str, str]:
 
 def _of_rarer_kinds(examples: Sequence[Example], kinds: Sequence[str]) -> list[Reject]:
     """Where labels are of several kinds (true beside 1 beside "1"), the rows of all but the commonest kind."""
-    count = Counter(kinds)
+    count = Counter(kind for kind in kinds if kind)
     if len(count) < 2:
         return []
     commonest = count.most_common(1)[0][0]
@@ -330,7 +348,7 @@ def _of_rarer_kinds(examples: Sequence[Example], kinds: Sequence[str]) -> list[R
             f"{example.label} ({kind}; most labels here: {commonest})",
         )
         for example, kind in zip(examples, kinds, strict=True)
-        if kind != commonest
+        if kind not in ("", commonest)
     ]
 
 
@@ -339,9 +357,14 @@ def _bad_rows(rejects: list[Reject], rows: int, known_labels: Sequence[str] | No
     by_reason: dict[str, list[Reject]] = {}
     for reject in rejects:
         by_reason.setdefault(reject.reason, []).append(reject)
+    several = len({reject.file for reject in rejects}) > 1
     parts = []
     for reason, found in by_reason.items():
-        places = some(f'{reject.line} ("{reject.value}")' if reject.value else reject.line for reject in found)
+        places = some(
+            (f"{Path(reject.file).name}:" if several else "")
+            + (f'{reject.line} ("{reject.value}")' if reject.value else str(reject.line))
+            for reject in found
+        )
         parts.append(f"{reason}: {len(found):,}, at line {places}")
     expected = (
         f" The training rows have: {some(known_labels, 10)}." if "unknown label" in by_reason and known_labels else ""
@@ -368,10 +391,13 @@ def expand(paths: Sequence[str]) -> list[Path]:
         if path.startswith("hf://"):
             files.append(fetch_data_file(path))
             continue
-        here = Path(path).expanduser()
-        matches = [here] if here.exists() else [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
+        here = Path(os.path.expanduser(path))
+        # os.path and not Path: it raises for neither an unknown ~user nor a name that is too long
+        matches = (
+            [here] if os.path.exists(here) else [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
+        )
         if not matches:
-            siblings = [item.name for item in here.parent.iterdir()] if here.parent.is_dir() else []
+            siblings = [item.name for item in here.parent.iterdir()] if os.path.isdir(here.parent) else []
             raise DataError(
                 "data.missing_file",
                 f"There is no file {path}.{did_you_mean(here.name, siblings)}",
@@ -417,21 +443,38 @@ def _read_parquet(path: Path) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def values(column: Any) -> list[Any]:
+        try:
+            return column.to_pylist()  # type: ignore[no-any-return]
+        except ValueError:  # a time that Python cannot hold: nanoseconds, an unknown zone
+            if not pa.types.is_temporal(column.type):
+                raise
+            return column.cast(pa.int64()).to_pylist()  # type: ignore[no-any-return]
+
     try:
+        _check_header(path, pq.read_schema(path).names)
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        columns = {name: values(table.column(name)) for name in table.column_names}
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             "data.parquet",
             f"This is not a whole parquet file: {str(error).splitlines()[0]}",
             where=str(path),
             mend="was it cut while it was copied, or is it a CSV with a wrong name? Fetch or export it again",
         ) from None
-    columns = {name: table.column(name).to_pylist() for name in table.column_names}
     return Table(path, columns, list(range(1, table.num_rows + 1)), encoding="parquet")
 
 
 def _read_text(path: Path, kind: str) -> Table:
     text, encoding = decode(path, _bytes(path))
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(
+            "data.nul",
+            f"Line {line:,} holds a NUL byte.",
+            where=f"{path}, line {line}",
+            mend="is this UTF-16 without its byte order mark, or no text at all? Save it as UTF-8",
+        )
     if not text.strip():
         raise DataError("data.empty", "This file is empty.", where=str(path), mend="a header line, then one row a text")
     if kind == "json":
@@ -458,15 +501,15 @@ def decode(path: Path, raw: bytes) -> tuple[str, str]:
     rare characters; real Chinese is nearly all within GB2312, so that is asked of it.
     """
     for mark, encoding, name in (
-        (b"\xef\xbb\xbf", "utf-8-sig", "UTF-8 with BOM"),
+        (b"\xef\xbb\xbf", "utf-8", "UTF-8 with BOM"),
         (b"\xff\xfe", "utf-16", "UTF-16"),
         (b"\xfe\xff", "utf-16", "UTF-16"),
     ):
         if raw.startswith(mark):
             try:
-                return raw.decode(encoding), name
+                return raw.decode(encoding).removeprefix("\ufeff"), name
             except UnicodeDecodeError as error:
-                raise _undecodable(path, raw, error) from None
+                raise _undecodable(path, raw, error, f"not {name}") from None
     try:
         return raw.decode("utf-8"), "UTF-8"
     except UnicodeDecodeError as error:
@@ -477,16 +520,19 @@ def decode(path: Path, raw: bytes) -> tuple[str, str]:
         raise _undecodable(path, raw, first) from None
     foreign = [char for char in text if ord(char) > 127]
     common = sum(len(char.encode("gb2312", "ignore")) > 0 for char in foreign)
-    if common < 0.9 * len(foreign):
+    in_runs = sum(map(len, re.findall(r"[^\x00-\x7f]{2,}", text)))  # Chinese is; the "ée" of créée is not
+    if common < 0.9 * len(foreign) or in_runs < 0.5 * len(foreign):
         raise _undecodable(path, raw, first)
     return text, "GB18030"
 
 
-def _undecodable(path: Path, raw: bytes, error: UnicodeDecodeError) -> DataError:
+def _undecodable(
+    path: Path, raw: bytes, error: UnicodeDecodeError, what: str = "neither UTF-8 nor GB18030"
+) -> DataError:
     line = raw.count(b"\n", 0, error.start) + 1
     return DataError(
         "data.encoding",
-        f"Line {line:,} is neither UTF-8 nor GB18030: byte 0x{raw[error.start]:02x} at {error.start:,}.",
+        f"Line {line:,} is {what}: byte 0x{raw[error.start]:02x} at {error.start:,}.",
         where=f"{path}, line {line}",
         mend=f"save the file as UTF-8, e.g.: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}",
     )
@@ -494,7 +540,7 @@ def _undecodable(path: Path, raw: bytes, error: UnicodeDecodeError) -> DataError
 
 def _delimiter(text: str) -> str:
     """The delimiter of the header line: the commonest of comma, tab, semicolon and bar outside quotes."""
-    header = text.lstrip().partition("\n")[0]
+    header = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     outside = "".join(header.split('"')[::2])
     return max(",\t;|", key=outside.count)
 
@@ -560,7 +606,7 @@ def _read_json(path: Path, text: str, encoding: str) -> Table:
     if text.lstrip().startswith("["):
         try:
             objects = list(enumerate(json.loads(text), start=1))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 "data.json",
                 f"This array is not JSON: {error}.",
@@ -573,8 +619,10 @@ def _read_json(path: Path, text: str, encoding: str) -> Table:
             if piece.strip():
                 try:
                     objects.append((line, json.loads(piece)))
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
                     ragged.append(Reject(str(path), line, "not JSON", str(error)[:80]))
+    if not objects and not ragged:
+        raise DataError("data.empty", "This file is empty.", where=str(path), mend="one object a text")
     names = list(dict.fromkeys(name for _, item in objects if isinstance(item, dict) for name in item))
     columns: dict[str, list[Any]] = {name: [] for name in names}
     lines: list[int] = []

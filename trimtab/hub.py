@@ -5,6 +5,7 @@ that was set after the import works too. Every base is known by the sha256 of it
 Knows nothing of torch.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -68,7 +69,9 @@ def find_base(name: str) -> Base:
         BaseModelError: it is nowhere, incomplete, or not the weights that its name promises.
     """
     for folder, source in _places(name):
-        return _base(name, folder, source)
+        # AutoModel.from_pretrained leaves a cache without a tokenizer: the hub completes it.
+        if source != "cache" or tokenizer_sha256(folder) or is_offline():
+            return _base(name, folder, source)
     raise AssertionError("_places yields or raises")
 
 
@@ -117,7 +120,9 @@ def fetch_data_file(uri: str) -> Path:
 
 def _places(name: str) -> Iterator[tuple[Path, str]]:
     """Yields each place where this base is, nearest first; the hub is asked only when a caller goes on so far."""
-    path = Path(name).expanduser()
+    path = Path(name)
+    with contextlib.suppress(RuntimeError):  # ~NAME of nobody
+        path = path.expanduser()
     if path.is_dir():
         yield path.resolve(), "folder"
         return
@@ -129,7 +134,7 @@ def _places(name: str) -> Iterator[tuple[Path, str]]:
             where=f"looked from {Path.cwd()}",
             mend=_WHAT_A_BASE_IS,
         )
-    hub_id = MINILM if name == MINILM.partition("/")[2] else name
+    hub_id = _full_id(name)
     if hub_id == MINILM and (packaged := _packaged_minilm()):
         yield packaged, "package"
     if cached := _cached(hub_id):
@@ -137,11 +142,15 @@ def _places(name: str) -> Iterator[tuple[Path, str]]:
     yield _ask_hub(hub_id), "hub"
 
 
+def _full_id(name: str) -> str:
+    return MINILM if name == MINILM.partition("/")[2] else name
+
+
 def _base(name: str, folder: Path, source: str) -> Base:
     digest = _sha256(*_weight_files(folder))
     in_cache = re.search(r"models--(.+?)--(.+?)/snapshots/", folder.as_posix())
     hub_id = "/".join(in_cache.groups()) if in_cache else MINILM if digest == MINILM_WEIGHTS else ""
-    if MINILM in (hub_id, name) and digest != MINILM_WEIGHTS:
+    if MINILM in (hub_id, _full_id(name)) and digest != MINILM_WEIGHTS:
         raise BaseModelError(
             "base.sha256",
             f"The weights of {MINILM} are not the official ones: sha256 {digest}, expected {MINILM_WEIGHTS}.",
@@ -201,7 +210,12 @@ def _weight_files(folder: Path) -> list[Path]:
         )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BaseModelError(
+                "base.incomplete", f"{index.name} is damaged.", where=str(folder), mend="fetch the base again"
+            ) from None
         files = [folder / name for name in names]
     else:
         files = [folder / "model.safetensors"]
@@ -215,12 +229,20 @@ def _weight_files(folder: Path) -> list[Path]:
             f"The weights are pickled ({pickled[0]}); reading a pickle runs whatever code it holds, "
             "so trimtab reads safetensors only.",
             where=str(folder),
-            mend='if you trust the file: python -c "from transformers import AutoModelForMaskedLM as M; '
+            mend=f'if you trust the file: python -c "from transformers import {_architecture(folder)} as M; '
             f"M.from_pretrained(r'{folder}').save_pretrained(r'{folder}')\"",
         )
     raise BaseModelError(
         "base.incomplete", f"This folder has no {missing[0]}.", where=str(folder), mend="fetch the base again"
     )
+
+
+def _architecture(folder: Path) -> str:
+    """The class that wrote these weights: with it, a conversion keeps every tensor."""
+    try:
+        return str(json.loads((folder / "config.json").read_bytes())["architectures"][0])
+    except (ValueError, KeyError, TypeError, IndexError):
+        return "AutoModel"
 
 
 def _looks_like_path(name: str) -> bool:
@@ -264,13 +286,22 @@ def endpoint() -> str:
 
 def _ask_hub(repo: str, data_file: str = "", revision: str | None = None) -> Path:
     """Downloads a model, or one file of a data set, to the hub's cache."""
-    if "HF_ENDPOINT" in os.environ:
-        # Mirrors do not carry the chunk store: with it, a download leaves the mirror and hangs.
-        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    import huggingface_hub
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    if "HF_ENDPOINT" in os.environ:
+        # Mirrors do not carry the chunk store: with it, a download leaves the mirror and hangs. The variable of this
+        # name was read when huggingface_hub was imported.
+        huggingface_hub.constants.HF_HUB_DISABLE_XET = True
     started = time.monotonic()
+    asked = f"{repo}{'/' + data_file if data_file else ''}{'@' + revision if revision else ''}"
     try:
         if data_file:
             return Path(
@@ -284,8 +315,8 @@ def _ask_hub(repo: str, data_file: str = "", revision: str | None = None) -> Pat
                 )
             )
         if is_offline():
-            raise FileNotFoundError("HF_HUB_OFFLINE is set, so the hub was not asked")
-        return Path(
+            raise FileNotFoundError
+        folder = Path(
             snapshot_download(repo, allow_patterns=_MODEL_FILES, ignore_patterns=_OTHER_FORMATS, endpoint=endpoint())
         )
     except GatedRepoError:
@@ -302,12 +333,34 @@ def _ask_hub(repo: str, data_file: str = "", revision: str | None = None) -> Pat
             where=endpoint(),
             mend="check the name, as in roberta-base or OWNER/NAME; a local folder is given by its path",
         ) from error
+    except (RemoteEntryNotFoundError, RevisionNotFoundError) as error:
+        raise BaseModelError(
+            "hub.missing_file",
+            f"The hub has no {asked}.",
+            where=endpoint(),
+            mend=f"see {endpoint()}/{'datasets/' if data_file else ''}{repo}/tree/main for what is there",
+        ) from error
     except Exception as error:  # whatever the network raises: proxies, TLS, DNS, time-outs, a mirror's 5xx
+        if is_offline():
+            raise BaseModelError(
+                "hub.offline",
+                f"{asked} is not on this machine, and HF_HUB_OFFLINE is set, so the hub was not asked.",
+                where=f"the hub's cache, {huggingface_hub.constants.HF_HUB_CACHE}",
+                mend="unset HF_HUB_OFFLINE, or a local folder (--base FOLDER), or copy a hub cache and set HF_HOME",
+            ) from None
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise BaseModelError(
             "hub.unreachable",
-            f"{repo}{'/' + data_file if data_file else ''} is not on this machine and could not be fetched: {reason}",
+            f"{asked} is not on this machine and could not be fetched: {reason}",
             where=f"the hub's cache, then {endpoint()} for {time.monotonic() - started:.0f} s",
             mend="use a mirror (HF_ENDPOINT=https://...), or a local folder (--base FOLDER), "
             "or copy a hub cache and set HF_HOME",
         ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise BaseModelError(
+            "hub.no_safetensors",
+            f"The hub has {repo} without safetensors weights, and trimtab reads no pickled ones.",
+            where=endpoint(),
+            mend=f"if you trust them: hf download {repo} --local-dir base, then --base base tells how to convert them",
+        )
+    return folder

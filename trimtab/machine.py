@@ -8,13 +8,13 @@ from pathlib import Path
 
 import psutil
 
-# What decides the fast dtype: bf16 in hardware, or float32 vectors of 256 bits.
-_FEATURES = frozenset({"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"})
+# What decides the fast dtype: bf16 in hardware (ARM calls it just that), or float32 vectors of 256 bits.
+_FEATURES = frozenset({"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "bf16"})
 
 
 @dataclass(frozen=True)
 class Processor:
-    """The processor's name and those of its features that matter here; features are known on Linux x86 only."""
+    """The processor's name and those of its features that matter here; features are known on Linux only."""
 
     name: str
     features: tuple[str, ...]
@@ -27,7 +27,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
         for line in cpuinfo.read_text("utf-8", "replace").splitlines():
             key, _, value = line.partition(":")
             told.setdefault(key.strip(), value.strip())
-    features = sorted(_FEATURES & set(told.get("flags", "").split()))
+    features = sorted(_FEATURES & set((told.get("flags") or told.get("Features") or "").split()))
     return Processor(told.get("model name") or platform.processor() or platform.machine(), tuple(features))
 
 

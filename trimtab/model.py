@@ -191,12 +191,29 @@ def head_modules(model: Any, new_parameters: Iterable[str], also: Sequence[str] 
             where="lora.modules_to_save",
             mend=f"full names, such as {modules[-1]}",
         )
+    # Blocks or embeddings that the base proper lacks are damage, not a head.
+    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    prefix = model.base_model_prefix + "."
+    if absent := [
+        name
+        for name, parameter in model.named_parameters()
+        if name in new
+        and name.startswith(prefix)
+        and (id(parameter) in embeddings or any(part.isdigit() for part in name.split(".")))
+    ]:
+        raise BaseModelError(
+            "base.incomplete_layers",
+            f"The base does not bring {some(absent)}, which its config.json promises.",
+            mend="the weights belong to another architecture, or the file is incomplete: fetch the base again",
+        )
     head: list[str] = []
     for name in modules:
         inside = {parameter for parameter in names if parameter.startswith(name + ".")}
         # peft takes every module whose name ends so, whatever it is told, when the task is classification.
         peft_takes_it = name.endswith(("classifier", "score"))
-        if (inside <= new or peft_takes_it or name in also) and not any(name.startswith(m + ".") for m in head):
+        if ((inside and inside <= new) or peft_takes_it or name in also) and not any(
+            name.startswith(m + ".") for m in head
+        ):
             head.append(name)
     if lost := sorted(name for name in new if not any(name.startswith(m + ".") for m in head)):
         raise BaseModelError(
@@ -215,27 +232,39 @@ def resolve_targets(model: Any, wanted: str | Sequence[str], head: Sequence[str]
     """
     linear = linear_layers(model, head)
     kind = model.config.model_type
+    if isinstance(wanted, str) and not linear:
+        raise RecipeError(
+            "lora.target_modules",
+            f"{kind} has no torch.nn.Linear in its blocks, so nothing that LoRA could stand beside.",
+            where="lora.target_modules",
+            mend="choose another base",
+        )
     if wanted == "all-linear":
         return LINEAR_LAYERS.get(kind) or linear
     if wanted == "query-value":
-        known = QUERY_VALUE.get(kind) or peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
+        preset = QUERY_VALUE.get(kind) or peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
             kind
         )
-        if not known:
+        if not preset:
             raise RecipeError(
                 "lora.target_modules",
                 f"query-value is not known for {kind}. This model has: {some(linear, 40)}.",
                 where="lora.target_modules",
                 mend=f"--set lora.target_modules={linear[0]} or all-linear",
             )
-        return tuple(known)
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        return tuple(preset)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not any(name == m or name.startswith(m + ".") for m in head)
+    ]
+    known = [*linear, *(name.rpartition(".")[2] for name in linear)]
     wrong = [w for w in wanted if not any(name == w or name.endswith("." + w) for name in names)]
     if wrong or not wanted:
         raise RecipeError(
             "lora.target_modules",
             f"{some(wrong) or 'An empty list'} matches no weight of {type(model).__name__}. "
-            f"This model has: {some(linear, 40)}." + (did_you_mean(wrong[0], linear) if wrong else ""),
+            f"This model has: {some(linear, 40)}." + (did_you_mean(wrong[0], known) if wrong else ""),
             where="lora.target_modules",
             mend="--set lora.target_modules=query-value picks the right names for this base",
         )

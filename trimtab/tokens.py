@@ -18,6 +18,7 @@ import numpy.typing as npt
 import tokenizers
 
 from trimtab.errors import ArtefactError, BaseModelError
+from trimtab.hub import tokenizer_sha256
 
 _CHUNK = 2_000  # texts a call: enough for the library's threads, small enough that encodings do not pile up
 
@@ -158,6 +159,8 @@ def from_base(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     mend = "put tokenizer.json and tokenizer_config.json of this model beside its weights"
+    if not tokenizer_sha256(folder):  # transformers would make one that knows no word
+        raise BaseModelError("base.tokenizer", "The base has no tokenizer.", where=str(folder), mend=mend)
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything here
@@ -203,12 +206,13 @@ def load(folder: Path, pad_id: int, sha256: str) -> Tokenizer:
             where=str(folder),
             mend="copy the whole folder again",
         )
-    tokenizer = Tokenizer(file.read_bytes().decode(), pad_id)
-    if tokenizer.sha256 != sha256:
+    data = file.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
         raise ArtefactError(
             "adapter.tokenizer",
             "tokenizer.json is not the one that this adapter was trained with.",
-            where=f"{file}: sha256 {tokenizer.sha256[:12]}, expected {sha256[:12]}",
+            where=f"{file}: sha256 {found[:12]}, expected {sha256[:12]}",
             mend="copy the whole adapter folder again",
         )
-    return tokenizer
+    return Tokenizer(data.decode(), pad_id)

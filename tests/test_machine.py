@@ -1,0 +1,92 @@
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from trimtab import machine
+
+GIB = 2**30
+X86 = """\
+processor\t: 0
+model name\t: Intel(R) Xeon(R) Platinum 8480+
+flags\t\t: fpu sse4_2 avx2 avx512f avx512_bf16 amx_bf16
+
+processor\t: 1
+model name\t: another
+flags\t\t: fpu
+"""
+ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd bf16\nCPU implementer\t: 0x41\n"
+V2_UNLIMITED = {"cpu.max": "max 100000\n", "memory.max": "max\n"}
+V1_UNLIMITED = {
+    "cpu/cpu.cfs_quota_us": "-1\n",
+    "cpu/cpu.cfs_period_us": "100000\n",
+    "memory/memory.limit_in_bytes": "9223372036854771712\n",
+}
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_x86_is_read_from_its_first_processor(tmp_path: Path) -> None:
+    cpuinfo = write(tmp_path, {"cpuinfo": X86}) / "cpuinfo"
+    features = ("amx_bf16", "avx2", "avx512_bf16", "avx512f")
+    assert machine.processor(cpuinfo) == machine.Processor("Intel(R) Xeon(R) Platinum 8480+", features)
+
+
+def test_arm_has_features_and_the_system_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    cpuinfo = write(tmp_path, {"cpuinfo": ARM}) / "cpuinfo"
+    assert machine.processor(cpuinfo) == machine.Processor("aarch64", ("bf16",))
+
+
+def test_without_cpuinfo_the_processor_has_a_name_and_no_features(tmp_path: Path) -> None:
+    chip = machine.processor(tmp_path / "none")
+    assert chip.name
+    assert chip.features == ()
+
+
+@pytest.mark.parametrize(
+    ("files", "limits"),
+    [
+        ({"cpu.max": "250000 100000\n", "memory.max": f"{4 * GIB}\n"}, (2.5, 4 * GIB)),
+        (V2_UNLIMITED, (0.0, 0)),
+        ({"cpu.max": "50000 100000\n", "memory.max": "max\n"}, (0.5, 0)),
+        (
+            {**V1_UNLIMITED, "cpu/cpu.cfs_quota_us": "150000\n", "memory/memory.limit_in_bytes": f"{2 * GIB}\n"},
+            (1.5, 2 * GIB),
+        ),
+        (V1_UNLIMITED, (0.0, 0)),
+        ({}, (0.0, 0)),
+    ],
+    ids=["v2", "v2 unlimited", "v2 cores only", "v1", "v1 unlimited", "no cgroup"],
+)
+def test_what_a_container_grants(tmp_path: Path, files: dict[str, str], limits: tuple[float, int]) -> None:
+    assert machine.cgroup(write(tmp_path, files)) == limits
+
+
+def test_affinity_limits_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    assert machine.usable_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert machine.usable_cores() == 7
+
+
+def test_a_container_limits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = psutil.virtual_memory()._replace(available=8 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: left)
+    for limit, below, above in ((0, 8 * GIB, 8 * GIB), (16 * GIB, 8 * GIB, 8 * GIB), (4 * GIB, 2 * GIB, 4 * GIB - 1)):
+        monkeypatch.setattr(machine, "cgroup", lambda limit=limit: (0.0, limit))
+        # Of its own limit, this process has used something already.
+        assert below <= machine.available_memory() <= above
+
+
+def test_the_peak_is_counted_in_bytes() -> None:
+    now = psutil.Process().memory_info().rss
+    assert now / 2 < machine.peak_rss_bytes() < 64 * now
