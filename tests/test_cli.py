@@ -75,7 +75,8 @@ def run(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_is_quick_and_light() -> None:
     code = (
         "import sys; sys.argv = ['trimtab', '--help']\nfrom trimtab.cli import main\ntry: main()\nfinally:\n"
-        "    heavy = {'torch', 'transformers', 'peft', 'sklearn', 'pyarrow'} & set(sys.modules)\n    assert not heavy, heavy"
+        "    heavy = {'torch', 'transformers', 'peft', 'sklearn', 'pyarrow'} & set(sys.modules)\n"
+        "    assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr

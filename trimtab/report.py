@@ -13,7 +13,7 @@ def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
     return [
         f"full fine-tuning  {p['trainable_before']:>13,} of {p['base']:,} parameters (100 %)",
         f"LoRA alone        {p['lora']:>13,} ({p['lora_pct']:.2f} %)",
-        f"new head          {p['head']:>13,} ({100 * p['head'] / p['total']:.2f} %), trained in full: the base has none",
+        f"new head          {p['head']:>13,} ({100 * p['head'] / p['total']:.2f} %), trained in full: it is new",
         f"trained together  {p['trainable']:>13,} of {p['total']:,} ({p['trainable_pct']:.2f} %)",
     ]
 
@@ -104,7 +104,8 @@ def model_card(job: Job, scores: Mapping[str, Any], epoch: int, parameters: Mapp
             f"{', '.join(recipe.lora.target_modules)}: {parameters['trainable']:,} trained parameters, "
             f"of them {parameters['lora']:,} LoRA and {parameters['head']:,} head.",
             f"Trained on {len(job.train.examples):,} rows, {recipe.train.num_epochs} epochs, "
-            f"batches of {recipe.train.batch_size}, learning rate {recipe.train.learning_rate:g}, texts cut at {recipe.data.max_length} tokens.",
+            f"batches of {recipe.train.batch_size}, learning rate {recipe.train.learning_rate:g}, "
+            f"texts cut at {recipe.data.max_length} tokens.",
             "",
             "```python",
             "import trimtab",
