@@ -263,7 +263,7 @@ def test_the_schedule_is_linear() -> None:
 
 def test_ties_go_to_the_lower_loss_then_to_the_earlier_epoch() -> None:
     best = {"epoch": 1, "step": 5, "accuracy": 0.8, "loss": 0.5}
-    progress = Progress(best_step=5, best_score=0.8, evaluations=[best])
+    progress = Progress(best_step=5, evaluations=[best])
     assert training._is_better({"accuracy": 0.8, "loss": 0.4}, progress, "accuracy")
     assert not training._is_better({"accuracy": 0.8, "loss": 0.5}, progress, "accuracy")
     assert training._is_better({"accuracy": 0.7, "loss": 0.4}, progress, "loss")

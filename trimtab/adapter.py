@@ -8,6 +8,8 @@ unordered sets.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,78 +68,64 @@ def write(
     card: str,
 ) -> None:
     """Writes the adapter of a trained peft model into a new folder, which appears whole or not at all."""
+    with _draft_of(folder) as draft:
+        tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        # "format" tells transformers and peft which library's tensors these are.
+        (draft / "adapter_model.safetensors").write_bytes(
+            save(
+                {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)},
+                metadata={"format": "pt"},
+            )
+        )
+        config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        _write_json(draft / "adapter_config.json", dict(sorted(plain.items())))
+        tokens.save(tokenizer, base.folder, draft)
+        probe_logits = probe(model, tokenizer, max_length)
+        _write_json(
+            draft / "trimtab.json",
+            {
+                "schema_version": SCHEMA_VERSION,
+                "task": "text-classification",
+                "labels": [
+                    {
+                        "label": value,
+                        **({"names": {lang: labels.name(i, lang) for lang in LANGUAGES}} if labels.names else {}),
+                    }
+                    for i, value in enumerate(labels.values)
+                ],
+                "preprocessing": {
+                    "max_length": max_length,
+                    "pad_id": tokenizer.pad_id,
+                    "tokenizer_sha256": tokenizer.sha256,
+                },
+                "base": {
+                    "name": base.recorded_as,
+                    "hub_id": base.hub_id,
+                    "weights_sha256": base.weights_sha256,
+                    "tokenizer_sha256": base.tokenizer_sha256,
+                },
+                "head": head,
+                "probes": [
+                    {"text": text, "logits": row.tolist()} for text, row in zip(PROBES, probe_logits, strict=True)
+                ],
+            },
+        )
+        (draft / "README.md").write_text(card, "utf-8")
+
+
+@contextmanager
+def _draft_of(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `folder` at the end, or is gone where the writing fails."""
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was stopped here, with the same number
     draft.mkdir()
     try:
-        _write_files(
-            draft,
-            model,
-            labels=labels,
-            max_length=max_length,
-            tokenizer=tokenizer,
-            base=base,
-            head=head,
-            card=card,
-        )
+        yield draft
         draft.rename(folder)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-
-
-def _write_files(
-    draft: Path,
-    model: Any,
-    *,
-    labels: Labels,
-    max_length: int,
-    tokenizer: Tokenizer,
-    base: Base,
-    head: list[str],
-    card: str,
-) -> None:
-    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    # "format" tells transformers and peft which library's tensors these are.
-    (draft / "adapter_model.safetensors").write_bytes(
-        save(
-            {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)},
-            metadata={"format": "pt"},
-        )
-    )
-    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    _write_json(draft / "adapter_config.json", dict(sorted(plain.items())))
-    tokens.save(tokenizer, base.folder, draft)
-    probe_logits = probe(model, tokenizer, max_length)
-    _write_json(
-        draft / "trimtab.json",
-        {
-            "schema_version": SCHEMA_VERSION,
-            "task": "text-classification",
-            "labels": [
-                {
-                    "label": value,
-                    **({"names": {lang: labels.name(i, lang) for lang in LANGUAGES}} if labels.names else {}),
-                }
-                for i, value in enumerate(labels.values)
-            ],
-            "preprocessing": {
-                "max_length": max_length,
-                "pad_id": tokenizer.pad_id,
-                "tokenizer_sha256": tokenizer.sha256,
-            },
-            "base": {
-                "name": base.recorded_as,
-                "hub_id": base.hub_id,
-                "weights_sha256": base.weights_sha256,
-                "tokenizer_sha256": base.tokenizer_sha256,
-            },
-            "head": head,
-            "probes": [{"text": text, "logits": row.tolist()} for text, row in zip(PROBES, probe_logits, strict=True)],
-        },
-    )
-    (draft / "README.md").write_text(card, "utf-8")
 
 
 def probe(model: Any, tokenizer: Tokenizer, max_length: int) -> npt.NDArray[np.float32]:

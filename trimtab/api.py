@@ -1,4 +1,4 @@
-"""The Python API: `train`, `load`, `evaluate`. The command line calls these, and nothing else."""
+"""The Python API: `train`, `load`, `evaluate`. The command line stands on the same functions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

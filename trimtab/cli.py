@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from trimtab.errors import TrimtabError
 
-Observer = Callable[[Mapping[str, Any]], None]
+if TYPE_CHECKING:
+    from trimtab.training import Observer
 
 app = typer.Typer(
     help="Fine-tune, judge and use LoRA adapters for text classification.\n\n"
@@ -92,7 +93,10 @@ def train(
         "base.model": base,
         "data.bad_rows": bad_rows,
     }
-    layered = config.assemble(recipe, {key: value for key, value in flags.items() if value}, settings or [])
+    given = {key: value for key, value in flags.items() if value}
+    if resume and (given or settings or out or dry_run or recipe != "default"):
+        _usage("--resume goes on as the run's own recipe.toml says; it takes no file, setting or flag but --json.")
+    layered = config.assemble(recipe, given, settings or [])
     if dry_run:
         from trimtab.resolve import resolve
 
@@ -326,7 +330,7 @@ def _json_event(event: Mapping[str, Any]) -> None:
         _json(event)
 
 
-def _both(first: Observer, second: Observer) -> Observer:
+def _both(first: "Observer", second: "Observer") -> "Observer":
     def observe(event: Mapping[str, Any]) -> None:
         first(event)
         second(event)

@@ -44,7 +44,11 @@ def _as_names(value: object) -> object:
     bad = [label for label, sign, names in pairs if not sign or not names.strip()]
     if bad:
         raise ValueError(f'"{bad[0]}" is not LABEL=NAME, as in 0=差评/negative,1=好评/positive')
-    return {label.strip(): names.strip() for label, _, names in pairs}
+    found: dict[str, str] = {}
+    for label, _, names in pairs:
+        if found.setdefault(label.strip(), names.strip()) != names.strip():
+            raise ValueError(f'one name for each label; "{label.strip()}" has two names')
+    return found
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
@@ -266,9 +270,11 @@ def parse_settings(settings: Sequence[str]) -> dict[str, object]:
         if not sign:
             raise RecipeError("recipe.set", f'"{setting}" is not KEY=VALUE.', mend="--set lora.r=16")
         try:
-            values[key.strip()] = tomllib.loads(f"value = {raw}")["value"]
+            read = tomllib.loads(f"value = {raw}")
         except tomllib.TOMLDecodeError:
-            values[key.strip()] = raw
+            read = {"value": raw}
+        # A line break in a value may begin more TOML: then it was a text.
+        values[key.strip()] = read["value"] if len(read) == 1 else raw
     return values
 
 

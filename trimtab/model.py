@@ -67,9 +67,7 @@ class Parameters:
     """The parameter report: counts before and after injection."""
 
     base: int
-    """Parameters of the base model with its head."""
-    trainable_before: int
-    """What full fine-tuning would train: all of them."""
+    """Parameters of the base model with its head; full fine-tuning would train them all."""
     total: int
     lora: int
     head: int
@@ -336,7 +334,7 @@ def count(model: Any, lora: LoraSettings, targets: Sequence[str], head: Sequence
     base = sum(sizes.values())
     head_size = sum(size for name, size in sizes.items() if any(name.startswith(m + ".") for m in head))
     adapted = sum(layer["lora"] for layer in layers.values())
-    return Parameters(base, base, base + adapted + head_size, adapted, head_size, layers)
+    return Parameters(base, base + adapted + head_size, adapted, head_size, layers)
 
 
 def longest_input(model: Any) -> int:

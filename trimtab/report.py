@@ -11,7 +11,7 @@ def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
     """The parameter report for people; `parameters` is `Parameters.as_dict()`."""
     p = parameters
     return [
-        f"full fine-tuning  {p['trainable_before']:>13,} of {p['base']:,} parameters (100 %)",
+        f"full fine-tuning  {p['base']:>13,} of {p['base']:,} parameters (100 %)",
         f"LoRA alone        {p['lora']:>13,} ({p['lora_pct']:.2f} %)",
         f"new head          {p['head']:>13,} ({100 * p['head'] / p['total']:.2f} %), trained in full: it is new",
         f"trained together  {p['trainable']:>13,} of {p['total']:,} ({p['trainable_pct']:.2f} %)",

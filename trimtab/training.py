@@ -64,7 +64,6 @@ class Progress:
     """Loss summed over the rows since the last log line."""
     window_rows: int = 0
     best_step: int = -1
-    best_score: float = math.nan
     epochs_without_better: int = 0
     evaluations: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
@@ -356,7 +355,6 @@ def _evaluate(
         progress,
         evaluations=[*progress.evaluations, entry],
         best_step=progress.step if better else progress.best_step,
-        best_score=entry[metric] if better else progress.best_score,
         epochs_without_better=0 if better else progress.epochs_without_better + 1,
     )
     tell("eval", **entry, best=better)
