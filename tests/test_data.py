@@ -101,6 +101,33 @@ def test_text_formats(name: str, content: bytes, encoding: str, lines: list[int]
     assert data.read_table(Path(name)).encoding == encoding
 
 
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("text,label\nnice,好\nawful,差\n", "gb18030"),
+        ("text,label\n這個電影很好看，我們都喜歡,1\n服務態度太差了，還等了一個小時,0\n", "gbk"),
+        ("text,label\n味道不错,1\n送得慢,0\n", "gb2312"),
+    ],
+)
+def test_chinese_of_every_kind_is_read(text: str, encoding: str) -> None:
+    assert data.decode(Path("a.csv"), text.encode(encoding)) == (text, "GB18030")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("이 영화는 정말 재미있어요 배우들의 연기도 훌륭합니다", "euc-kr"),
+        ("Отличный фильм, рекомендую всем посмотреть", "cp1251"),
+        ("La soirée était très réussie, à refaire", "latin-1"),
+        ("とても面白い映画でした。また観たいです", "shift_jis"),
+        ("這個電影很好看，我們都喜歡", "big5"),
+    ],
+)
+def test_what_only_happens_to_decode_as_gb18030_is_refused(text: str, encoding: str) -> None:
+    with pytest.raises(DataError, match="no UTF-8, and no GB18030 that reads as Chinese"):
+        data.decode(Path("a.csv"), text.encode(encoding))
+
+
 def test_parquet() -> None:
     texts, labels = zip(*REVIEWS, strict=True)
     path = parquet("a.parquet", text=texts, id=[1, 2, 3, 4], label=pa.array(labels).dictionary_encode())
@@ -206,7 +233,10 @@ def test_a_csv_has_no_kinds_so_its_labels_go_with_any() -> None:
 def test_a_label_that_training_never_saw() -> None:
     path = write("eval.csv", "text,label\na,pos\nb,neutral\nc,neg\n")
     message = str(refusal(path, known_labels=("neg", "pos")))
-    assert all(part in message for part in ("eval.csv", 'unknown label: 1, at line 3 ("neutral")', "neg, pos"))
+    assert all(
+        part in message
+        for part in ("eval.csv", 'unknown label in column "label": 1, at line 3 ("neutral")', "neg, pos")
+    )
     rows = data.read_rows([path], known_labels=("neg", "pos"), skip_bad=True)
     assert (pairs(rows), places(rows)) == ([("a", "pos"), ("c", "neg")], [(3, "unknown label")])
 
@@ -359,28 +389,30 @@ def test_a_parquet_whose_strings_are_no_utf_8() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "reason", "value"),
+    ("row", "reason", "column", "value"),
     [
-        ({"text": None, "label": "a"}, "null", ""),
-        ({"label": "a"}, "null", ""),
-        ({"text": "x"}, "null", ""),
-        ({"text": "x", "label": math.nan}, "null", ""),
-        ({"text": " \n", "label": "a"}, "empty", ""),
-        ({"text": "x", "label": " "}, "empty", ""),
-        ({"text": 3, "label": "a"}, "not text", "3"),
-        ({"text": ["x"], "label": "a"}, "not text", "['x']"),
-        ({"text": "x", "label": [1, 2]}, "not a label", "[1, 2]"),
-        ({"text": "x", "label": {"b": 1}}, "not a label", "{'b': 1}"),
-        ({"text": "cut \ud83d", "label": "a"}, "half a character", ""),
-        ({"text": "x", "label": "\ud83d"}, "half a character", ""),
-        (["x", "a"], "not an object", '["x", "a"]'),
+        ({"text": None, "label": "a"}, "null", "text", ""),
+        ({"label": "a"}, "null", "text", ""),
+        ({"text": "x"}, "null", "label", ""),
+        ({"text": "x", "label": math.nan}, "null", "label", ""),
+        ({"text": "x", "label": math.inf}, "not a label", "label", "inf"),
+        ({"text": " \n", "label": "a"}, "empty", "text", ""),
+        ({"text": "x", "label": " "}, "empty", "label", ""),
+        ({"text": 3, "label": "a"}, "not text", "text", "3"),
+        ({"text": ["x"], "label": "a"}, "not text", "text", "['x']"),
+        ({"text": "x", "label": [1, 2]}, "not a label", "label", "[1, 2]"),
+        ({"text": "x", "label": {"b": 1}}, "not a label", "label", "{'b': 1}"),
+        ({"text": "cut \ud83d", "label": "a"}, "half a character", "text", ""),
+        ({"text": "x", "label": "\ud83d"}, "half a character", "label", ""),
+        (["x", "a"], "not an object", "", '["x", "a"]'),
     ],
 )
-def test_a_bad_row(row: object, reason: str, value: str) -> None:
+def test_a_bad_row(row: object, reason: str, column: str, value: str) -> None:
     rows = [{"text": "fine", "label": "a"}, row, {"text": "fine", "label": "b"}]
     path = write("a.jsonl", "\n".join(json.dumps(row) for row in rows))
     message = str(refusal(path))
-    assert all(part in message for part in ("1 of 3 rows", f"{reason}: 1, at line 2", value, "a.jsonl", "--bad-rows"))
+    found = f'{reason} in column "{column}": 1, at line 2' if column else f"{reason}: 1, at line 2"
+    assert all(part in message for part in ("1 of 3 rows", found, value, "a.jsonl", "--bad-rows"))
     used = data.read_rows([path], skip_bad=True)
     assert (len(used.examples), places(used), used.rows_in) == (2, [(2, reason)], 3)
 
@@ -397,7 +429,7 @@ def test_all_bad_rows_are_counted_and_the_first_five_named() -> None:
     assert "ragged: 7, at line 2 (" in message
     assert "3 cells under 2 columns: a,b,1" in message
     assert "and 2 more" in message
-    assert "empty: 1, at line 9" in message
+    assert 'empty in column "text": 1, at line 9' in message
     assert 'needs "..." around the cell' in message
 
 

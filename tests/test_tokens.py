@@ -123,7 +123,7 @@ def test_fitting_length(minilm: Tokenizer, words: list[int], most: int, length: 
 
 def test_chinese_under_an_english_vocabulary_is_warned_of(minilm: Tokenizer) -> None:
     warning = tokens.foreign_script(CHINESE, minilm)
-    assert "100% of the letters are Chinese" in warning
+    assert "100% of the texts are Chinese" in warning
     assert "unknown" in warning
     assert "--base bert-base-chinese" in warning
 
@@ -154,7 +154,18 @@ def test_chinese_under_a_vocabulary_that_holds_it_is_not() -> None:
     ],
 )
 def test_the_script_is_named(text: str, script: str) -> None:
-    assert tokens.foreign_script([text], from_words([])).startswith(f"100% of the letters are {script}, ")
+    assert tokens.foreign_script([text], from_words([])).startswith(f"100% of the texts are {script}, ")
+
+
+def test_a_tenth_of_the_texts_in_another_script_is_enough(minilm: Tokenizer) -> None:
+    english = ["a great film"] * 900
+    assert tokens.foreign_script([*english, *CHINESE[:1] * 99], minilm) == ""
+    assert tokens.foreign_script([*english, *CHINESE[:1] * 101], minilm).startswith("10% of the texts are Chinese")
+
+
+def test_the_sample_reaches_the_end_of_the_file(minilm: Tokenizer) -> None:
+    texts = ["a great film"] * 1_000 + CHINESE[:1] * 999
+    assert tokens.foreign_script(texts, minilm).startswith("50% of the texts are Chinese")
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ class TestLoop:
             training.train(small(csv_file, bert))
         assert not (tmp_path / "runs").exists()
         run = training.train(small(csv_file, bert, data__bad_rows="skip"))
-        assert (run.path / "rejects.csv").read_text().splitlines()[1].endswith(",98,empty,")
+        assert (run.path / "rejects.csv").read_text().splitlines()[1].endswith(",98,empty,,text")
         assert json.loads((run.path / "data_report.json").read_text())["train"]["rows_skipped"] == {"empty": 1}
 
 

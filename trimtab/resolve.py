@@ -238,6 +238,9 @@ def _warnings(
     found = []
     if rejects := sum(len(part.rejects) for part in rows.values()):
         found.append(f"{rejects:,} rows were set aside (rejects.csv says which and why)")
+    for file in (file for part in rows.values() for file in part.files):
+        if file["encoding"] == "GB18030":
+            found.append(f"{file['path']} is no UTF-8 and was read as GB18030")
     if data.is_sorted_by_label(rows["train"].examples):
         found.append("the rows are sorted by label: they are shuffled, and rows are drawn from every class")
     if script := tokens.foreign_script(texts, tokenizer):

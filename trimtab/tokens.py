@@ -100,21 +100,26 @@ def fitting_length(texts: Sequence[str], tokenizer: Tokenizer, *, most: int) -> 
 
 
 def foreign_script(texts: Sequence[str], tokenizer: Tokenizer) -> str:
-    """A warning where the base's vocabulary does not cover the script of the texts, else an empty string.
+    """A warning where the base's vocabulary does not cover the script of a tenth of the texts, else an empty string.
 
-    Judged by what the tokenizer makes of the texts: more than 3 % unknown tokens, or more than 1.5 tokens for each
-    letter outside ASCII (byte pieces). English texts under an English base stand near 0 % and far below 1.
+    Judged by what the tokenizer makes of the texts in that script: more than 3 % unknown tokens, or more than 1.5
+    tokens for each letter (byte pieces). English texts under an English base stand near 0 % and far below 1.
     """
-    sample = list(texts[:: max(1, len(texts) // 1_000)])[:1_000]
-    letters = Counter(_script(char) for text in sample for char in text if char.isalpha())
-    script, count = letters.most_common(1)[0] if letters else ("", 0)
-    if script in ("", "Latin"):
+    sample = [texts[i] for i in np.linspace(0, len(texts) - 1, min(len(texts), 1_000)).astype(int)]
+    of_script: dict[str, list[str]] = {}
+    for text in sample:
+        letters = Counter(_script(char) for char in text if char.isalpha())
+        if letters:
+            of_script.setdefault(letters.most_common(1)[0][0], []).append(text)
+    of_script.pop("Latin", None)
+    script, foreign = max(of_script.items(), key=lambda found: len(found[1]), default=("", []))
+    if len(foreign) < 0.1 * len(sample) or not foreign:
         return ""
-    encoded = encode(sample, tokenizer, 1 << 30)
+    encoded = encode(foreign, tokenizer, 1 << 30)
     model: Any = tokenizer.backend.model
     unknown = tokenizer.backend.token_to_id(getattr(model, "unk_token", None) or "")
     unknown_share = float(np.mean(encoded.ids == unknown)) if unknown is not None else 0.0
-    per_letter = len(encoded.ids) / max(1, letters.total())
+    per_letter = len(encoded.ids) / sum(char.isalpha() for text in foreign for char in text)
     if unknown_share <= 0.03 and per_letter <= 1.5:
         return ""
     found = (
@@ -123,7 +128,7 @@ def foreign_script(texts: Sequence[str], tokenizer: Tokenizer) -> str:
         else f"it cuts a letter into {per_letter:.1f} pieces"
     )
     return (
-        f"{count / letters.total():.0%} of the letters are {script}, and this base was not made for them ({found}). "
+        f"{len(foreign) / len(sample):.0%} of the texts are {script}, and this base was not made for them ({found}). "
         "A base for that language will do better: --base bert-base-chinese or --base xlm-roberta-base"
     )
 

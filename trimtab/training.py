@@ -23,6 +23,7 @@ import torch
 from trimtab import adapter, batching, checkpoint, config, report, rundir
 from trimtab.classification import compute_logits, loss_sum, metrics
 from trimtab.config import MINILM, Layered, TrainSettings
+from trimtab.data import Reject
 from trimtab.errors import ArtefactError, DivergedError
 from trimtab.evaluation import write_predictions
 from trimtab.hub import find_base
@@ -525,5 +526,5 @@ def _describe(run: RunDir, job: Job) -> None:
     if job.rejects:
         with run.rejects.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["file", "line", "reason", "value"])
+            writer.writerow(Reject._fields)
             writer.writerows(job.rejects)
