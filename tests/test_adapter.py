@@ -22,6 +22,7 @@ from trimtab import adapter, config, predict, training
 from trimtab.classification import Labels
 from trimtab.config import MINILM
 from trimtab.errors import ArtefactError, BaseModelError
+from trimtab.forward import stock
 from trimtab.hub import MINILM_WEIGHTS, find_base
 from trimtab.resolve import Job, resolve
 
@@ -34,14 +35,15 @@ import sys
 from pathlib import Path
 import torch
 from trimtab import adapter, config, training
+from trimtab.forward import stock
 from trimtab.resolve import resolve
 
 rows, base, out = sys.argv[1:]
 flags = {"data.train": (rows,), "base.model": base, "data.names": {"0": "差评/negative", "1": "好评/positive"}}
 job = resolve(config.assemble("default", flags, ["runtime.device=cpu", "runtime.threads=1"]))
 model, head, _ = training.build(job)
-adapter.write(Path(out), model, labels=job.labels, max_length=32, tokenizer=job.tokenizer, base=job.base, head=head,
-              card="# A card\\n")
+adapter.write(Path(out), model, stock(model, job.tokenizer.pad_id), labels=job.labels, max_length=32,
+              tokenizer=job.tokenizer, base=job.base, head=head, card="# A card\\n")
 """
 
 transformers.utils.logging.disable_progress_bar()
@@ -87,6 +89,7 @@ def write(folder: Path, job: Job, model: Any, head: list[str], labels: Labels | 
     adapter.write(
         folder,
         model,
+        stock(model, job.tokenizer.pad_id),
         labels=labels or job.labels,
         max_length=32,
         tokenizer=job.tokenizer,
@@ -131,9 +134,8 @@ def test_the_probes_are_answered_as_they_were(place: Path) -> None:
     classifier = predict.load(place / "adapter")
 
     texts, logits = zip(*classifier.adapter.probes, strict=True)
-    answers = adapter.probe(classifier.model, classifier.adapter.tokenizer, classifier.adapter.max_length)
+    answers = adapter.probe(classifier.engine.forward, classifier.adapter.tokenizer, classifier.adapter.max_length)
     assert texts == adapter.PROBES
-    assert not classifier.model.training
     np.testing.assert_allclose(answers, np.array(logits), rtol=0, atol=1e-6)
 
 

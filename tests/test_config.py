@@ -148,6 +148,7 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "train.seed": SEED,
     "runtime.device": st.sampled_from(["auto", "cpu", "cuda", "mps"]),
     "runtime.threads": st.integers(0),
+    "runtime.fast": st.sampled_from(["auto", "on", "off"]),
 }
 
 

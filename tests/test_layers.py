@@ -9,15 +9,18 @@ import pytest
 import trimtab
 
 PACKAGE = Path(trimtab.__file__).parent
-MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
+MODULES = {path.stem: path for path in PACKAGE.glob("*.py")} | {
+    path.parent.name: path.parent for path in PACKAGE.glob("*/__init__.py")
+}
 
 # From the ground up. A module imports from lower layers only, so no two modules of one layer know each other.
 LAYERS = [
     ["errors", "machine"],
     ["config"],
     ["hub"],
-    ["data", "tokens", "rundir", "checkpoint", "doctor", "device", "model"],
+    ["data", "tokens", "rundir", "checkpoint", "doctor", "device", "model", "fast"],
     ["batching", "demo"],
+    ["forward"],
     ["classification"],
     ["adapter", "resolve"],
     ["predict", "report"],
@@ -40,7 +43,11 @@ HEAVY = ["torch", "transformers", "peft", "sklearn", "pyarrow"]
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names of what a module imports, at its top or within a function."""
+    """Dotted names of what a module, or a package with all its modules, imports at its top or within a function."""
+    if path.is_dir():
+        for module in path.glob("*.py"):
+            yield from imports(module)
+        return
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -51,7 +58,8 @@ def imports(path: Path) -> Iterator[str]:
 def own(path: Path) -> set[str]:
     """The modules of this package that a module imports."""
     dotted = (name.split(".") for name in imports(path))
-    return {parts[1] for parts in dotted if parts[0] == "trimtab" and len(parts) > 1 and parts[1] in MODULES}
+    found = {parts[1] for parts in dotted if parts[0] == "trimtab" and len(parts) > 1 and parts[1] in MODULES}
+    return found - ({path.name} if path.is_dir() else set())  # the modules of a package know each other
 
 
 def test_every_module_has_its_layer() -> None:

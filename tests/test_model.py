@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from trimtab import adapter, config, tokens, training
 from trimtab.classification import compute_logits, loss_sum
 from trimtab.errors import BaseModelError, RecipeError
+from trimtab.forward import stock
 from trimtab.model import (
     count,
     empty_model,
@@ -99,13 +100,14 @@ def train_two_steps(model: Any, job: Job) -> None:
 
 
 def logits_of(model: Any, job: Job) -> Any:
-    return compute_logits(model, tokens.encode(TEXTS, job.tokenizer, 48), job.tokenizer.pad_id)
+    return compute_logits(stock(model, job.tokenizer.pad_id), tokens.encode(TEXTS, job.tokenizer, 48))
 
 
 def save(folder: Path, model: Any, job: Job, head: list[str]) -> Path:
     adapter.write(
         folder,
         model,
+        stock(model, job.tokenizer.pad_id),
         labels=job.labels,
         max_length=48,
         tokenizer=job.tokenizer,
@@ -389,7 +391,7 @@ def test_a_text_of_600_tokens_is_cut_to_what_the_base_takes(
 
     assert encoded.lengths.tolist() == [MAX_TOKENS]
     assert encoded.truncated.all()
-    assert np.isfinite(compute_logits(model, encoded, job.tokenizer.pad_id)).all()
+    assert np.isfinite(compute_logits(stock(model, job.tokenizer.pad_id), encoded)).all()
 
 
 # Real weights
@@ -405,7 +407,7 @@ def test_roberta_with_the_weights_of_minilm_takes_512_tokens_and_no_more(
     encoded = tokens.encode(["film " * 600, "a film"], job.tokenizer, int(job.recipe.data.max_length))
 
     assert encoded.lengths.tolist() == [512, 4]
-    assert np.isfinite(compute_logits(model, encoded, job.tokenizer.pad_id)).all()
+    assert np.isfinite(compute_logits(stock(model, job.tokenizer.pad_id), encoded)).all()
 
 
 def test_roberta_with_the_weights_of_minilm_sees_what_bert_sees(

@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import peft
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from trimtab import tokens
 from trimtab.classification import LANGUAGES, Labels, compute_logits
-from trimtab.config import LoraSettings
+from trimtab.config import LoraSettings, RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError, some
+from trimtab.fast import encoder
+from trimtab.forward import Engine, Forward, choose, fast
 from trimtab.hub import Base, find_base, find_recorded_base
-from trimtab.model import inject, load_base, load_config
 from trimtab.tokens import Tokenizer
 
 SCHEMA_VERSION = 1
@@ -59,6 +59,7 @@ class Adapter:
 def write(
     folder: Path,
     model: Any,
+    forward: Forward,
     *,
     labels: Labels,
     max_length: int,
@@ -67,7 +68,12 @@ def write(
     head: list[str],
     card: str,
 ) -> None:
-    """Writes the adapter of a trained peft model into a new folder, which appears whole or not at all."""
+    """Writes the adapter of a trained peft model into a new folder, which appears whole or not at all.
+
+    `forward` is what computes the model's logits; it answers the probe sentences.
+    """
+    import peft
+
     with _draft_of(folder) as draft:
         tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         # "format" tells transformers and peft which library's tensors these are.
@@ -81,7 +87,7 @@ def write(
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         _write_json(draft / "adapter_config.json", dict(sorted(plain.items())))
         tokens.save(tokenizer, base.folder, draft)
-        probe_logits = probe(model, tokenizer, max_length)
+        probe_logits = probe(forward, tokenizer, max_length)
         _write_json(
             draft / "trimtab.json",
             {
@@ -128,9 +134,9 @@ def _draft_of(folder: Path) -> Iterator[Path]:
         raise
 
 
-def probe(model: Any, tokenizer: Tokenizer, max_length: int) -> npt.NDArray[np.float32]:
+def probe(forward: Forward, tokenizer: Tokenizer, max_length: int) -> npt.NDArray[np.float32]:
     """The logits of the probe sentences: float32[len(PROBES), C]."""
-    return compute_logits(model, tokens.encode(PROBES, tokenizer, max_length), tokenizer.pad_id)
+    return compute_logits(forward, tokens.encode(PROBES, tokenizer, max_length))
 
 
 def read(folder: Path) -> Adapter:
@@ -224,12 +230,52 @@ def locate_base(adapter: Adapter, given: str | None = None) -> Base:
     return found_base
 
 
+def load_engine(adapter: Adapter, base: Base, device: torch.device, settings: RuntimeSettings) -> Engine:
+    """Base + adapter, ready to answer: merged weights in the fast forward where it can be, else peft's model.
+
+    The fast way imports neither transformers nor peft, which take seconds. It takes only what fits to the last tensor;
+    everything else goes the other way, where `load_model` says what is wrong.
+
+    Raises:
+        ArtefactError: a tensor is missing, extra, of another shape or not finite.
+        RecipeError: `runtime.fast = on`, and it cannot be.
+    """
+    if device.type == "cpu" and settings.fast != "off" and adapter.lora.variant != "dora":
+        try:
+            classifier = encoder.merged(
+                json.loads((base.folder / "config.json").read_bytes()),
+                _base_tensors(base),
+                _read_tensors(adapter.folder / "adapter_model.safetensors"),
+                targets=adapter.lora.target_modules,
+                rank=adapter.lora.r,
+                scaling=adapter.lora.scaling,
+                head=adapter.head,
+                num_labels=len(adapter.labels),
+            )
+            return Engine(fast(classifier), "fast", "merged weights on a CPU")
+        except (encoder.NotSupported, OSError, ValueError):
+            pass
+    model = load_model(adapter, base).to(device)
+    return choose(model, adapter.tokenizer.pad_id, device, settings)
+
+
+def _base_tensors(base: Base) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(base.folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
 def load_model(adapter: Adapter, base: Base) -> Any:
     """Base + adapter as a peft model in evaluation mode, every LoRA and head tensor read from the file.
 
     Raises:
         ArtefactError: a tensor is missing, extra, of another shape or not finite.
     """
+    import peft
+
+    from trimtab.model import inject, load_base, load_config
+
     config = load_config(base.folder, num_labels=len(adapter.labels), dropout="config", pad_id=adapter.tokenizer.pad_id)
     path = adapter.folder / "adapter_model.safetensors"
     loaded, targets = load_base(base.folder, config).model, adapter.lora.target_modules

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trimtab.batching import collate, evaluation_plan
+from trimtab.batching import evaluation_plan
 from trimtab.errors import RecipeError, did_you_mean, some
+from trimtab.forward import Forward
 from trimtab.tokens import Encoded
 
 LANGUAGES = ("zh", "en")
@@ -64,27 +65,17 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def compute_logits(
-    model: torch.nn.Module,
+    forward: Forward,
     encoded: Encoded,
-    pad_id: int,
     *,
     after_batch: Callable[[int], None] = lambda rows: None,
 ) -> npt.NDArray[np.float32]:
-    """Runs every row through the model without gradients: float32[n, C], in the order of the rows."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    """Every row's logits without dropout and gradients: float32[n, C], in the order of the rows."""
     pieces: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
     with torch.inference_mode():
         for rows in evaluation_plan(encoded.lengths):
-            batch = collate(encoded, rows, pad_id)
-            output = model(
-                input_ids=torch.from_numpy(batch.input_ids).to(device),
-                attention_mask=torch.from_numpy(batch.attention_mask).to(device, torch.int64),
-            )
-            pieces.append((rows, output.logits.float().cpu().numpy()))
+            pieces.append((rows, forward(encoded, rows).cpu().numpy()))
             after_batch(len(rows))
-    model.train(was_training)
     if not pieces:
         return np.zeros((0, 0), np.float32)
     logits = np.zeros((len(encoded), pieces[0][1].shape[1]), np.float32)

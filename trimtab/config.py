@@ -6,6 +6,7 @@ recipe file states only what differs. Recipes hold values, never code; unknown k
 """
 
 import json
+import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,11 @@ class LoraSettings(Section):
     )
     variant: Literal["lora", "rslora", "dora"] = Field("lora", description="lora, rslora or dora.")
 
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by: lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.variant == "rslora" else self.r)
+
 
 class TrainSettings(Section):
     """The loop."""
@@ -142,6 +148,7 @@ class RuntimeSettings(Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, else cpu.")
     threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, else the cores we may use.")
+    fast: Literal["auto", "on", "off"] = Field("auto", description="The fast forward of the BERT family on a CPU.")
 
 
 class Recipe(Section):

@@ -8,7 +8,7 @@ import torch
 
 from trimtab.config import RuntimeSettings
 from trimtab.errors import RecipeError
-from trimtab.machine import cgroup, usable_cores
+from trimtab.machine import cgroup, keep_freed_memory, usable_cores
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Placement:
 
 
 def place(settings: RuntimeSettings) -> Placement:
-    """Chooses the device and sets torch's threads.
+    """Chooses the device, sets torch's threads and the allocator.
 
     Raises:
         RecipeError: the recipe asks for a device that torch does not offer here.
@@ -49,6 +49,8 @@ def place(settings: RuntimeSettings) -> Placement:
     if threads == 0:
         threads, threads_reason = _threads()
     torch.set_num_threads(threads)
+    if name == "cpu":
+        keep_freed_memory()
     return Placement(torch.device(name), reason, threads, threads_reason)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ from trimtab.adapter import Adapter
 from trimtab.classification import Labels, compute_logits, softmax
 from trimtab.config import RuntimeSettings
 from trimtab.device import place
+from trimtab.forward import Engine
 from trimtab.hub import Base
 from trimtab.rundir import adapter_in
 
@@ -39,7 +39,7 @@ class Classifier:
 
     adapter: Adapter
     base: Base
-    model: Any
+    engine: Engine
 
     @property
     def labels(self) -> Labels:
@@ -54,7 +54,7 @@ class Classifier:
         self, encoded: tokens.Encoded, after_batch: Callable[[int], None] = lambda rows: None
     ) -> npt.NDArray[np.float32]:
         """Logits float32[n, C]."""
-        return compute_logits(self.model, encoded, self.adapter.tokenizer.pad_id, after_batch=after_batch)
+        return compute_logits(self.engine.forward, encoded, after_batch=after_batch)
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """Answers texts, one prediction each, in their order.
@@ -101,5 +101,5 @@ def load(path: str | Path, *, base: str | None = None, runtime: RuntimeSettings 
     """
     adapter = adapter_folder.read(adapter_in(path))
     found = adapter_folder.locate_base(adapter, base)
-    placement = place(runtime or RuntimeSettings())
-    return Classifier(adapter, found, adapter_folder.load_model(adapter, found).to(placement.device))
+    settings = runtime or RuntimeSettings()
+    return Classifier(adapter, found, adapter_folder.load_engine(adapter, found, place(settings).device, settings))

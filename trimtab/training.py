@@ -26,6 +26,7 @@ from trimtab.config import MINILM, Layered, TrainSettings
 from trimtab.data import Reject
 from trimtab.errors import ArtefactError, DivergedError
 from trimtab.evaluation import write_predictions
+from trimtab.forward import Engine, Forward, choose
 from trimtab.hub import find_base
 from trimtab.machine import peak_rss_bytes
 from trimtab.model import count, head_modules, inject, load_base, load_config, resolve_targets, trainable
@@ -88,10 +89,11 @@ def train(layered: Layered, *, out: str | None = None, observe: Observer = lambd
     started = time.monotonic()
     job = resolve(layered)
     model, head, parameters = build(job)
+    engine = choose(model, job.tokenizer.pad_id, job.placement.device, job.recipe.runtime)
     run = rundir.create(out, Path(job.recipe.data.train[0]).name.partition(".")[0])
     run.recipe.write_text(config.dump(job.layered), "utf-8")
-    _describe(run, job)
-    return _run(run, job, model, head, parameters, started, observe)
+    _describe(run, job, engine)
+    return _run(run, job, model, engine, head, parameters, started, observe)
 
 
 def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
@@ -114,7 +116,8 @@ def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
         return Run(run.path, json.loads(run.metrics.read_text("utf-8")))
     job = resolve(config.load_recipe(str(run.recipe)))
     model, head, parameters = build(job)
-    return _run(run, job, model, head, parameters, started, observe)
+    engine = choose(model, job.tokenizer.pad_id, job.placement.device, job.recipe.runtime)
+    return _run(run, job, model, engine, head, parameters, started, observe)
 
 
 def build(job: Job) -> tuple[Any, list[str], dict[str, Any]]:
@@ -149,6 +152,7 @@ def _run(
     run: RunDir,
     job: Job,
     model: Any,
+    engine: Engine,
     head: list[str],
     parameters: dict[str, Any],
     started: float,
@@ -170,16 +174,16 @@ def _run(
         base_line=_base_line(job),
         steps_per_epoch=_steps_per_epoch(job),
         parameters={key: value for key, value in parameters.items() if key != "layers"},
-        placement=job.placement.line,
+        placement=f"{job.placement.line}, {engine.line}",
         recipe=job.recipe.model_dump(mode="json", exclude={"sha256"}),
     )
     for warning in job.warnings:
         tell("warning", text=warning)
 
-    progress = _loop(run, job, model, tell, observe)
+    progress = _loop(run, job, model, engine.forward, tell, observe)
     best = checkpoint.read(run.checkpoints / f"step-{progress.best_step:06d}")
     _restore(model, best.tensors)
-    scored, logits, scores = _score(job, model, best)
+    scored, logits, scores = _score(job, engine.forward, best)
     chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
     card = report.model_card(job, scores, int(chosen["epoch"]), parameters)
     write_predictions(run.predictions, scored.examples, logits, job.labels)
@@ -187,6 +191,7 @@ def _run(
         adapter.write(
             run.adapter,
             model,
+            engine.forward,
             labels=job.labels,
             max_length=int(job.recipe.data.max_length),
             tokenizer=job.tokenizer,
@@ -217,7 +222,9 @@ def _run(
     return Run(run.path, result)
 
 
-def _loop(run: RunDir, job: Job, model: Any, tell: Callable[..., None], observe: Observer) -> Progress:
+def _loop(
+    run: RunDir, job: Job, model: Any, forward: Forward, tell: Callable[..., None], observe: Observer
+) -> Progress:
     """Trains from the newest checkpoint, or from the start, to the last epoch or the last that helped."""
     settings = job.recipe.train
     parameters = trainable(model)
@@ -226,7 +233,6 @@ def _loop(run: RunDir, job: Job, model: Any, tell: Callable[..., None], observe:
     progress = _load_newest(run, parameters, optimizer, tell)
     began = last_save = time.monotonic()
     earlier = progress.train_seconds
-    model.train()
 
     def save(progress: Progress, logits: npt.NDArray[np.float32] | None = None) -> Progress:
         nonlocal last_save
@@ -247,7 +253,7 @@ def _loop(run: RunDir, job: Job, model: Any, tell: Callable[..., None], observe:
             step_began = time.monotonic()
             rate = float(settings.learning_rate) * schedule(progress.step, total_steps, settings.warmup_ratio)
             first_batch = progress.epoch * len(plan) + progress.batch
-            loss, rows, tokens = _step(job, model, parameters, optimizer, group, rate, first_batch)
+            loss, rows, tokens = _step(job, forward, parameters, optimizer, group, rate, first_batch)
             progress = replace(
                 progress,
                 step=progress.step + 1,
@@ -282,14 +288,14 @@ def _loop(run: RunDir, job: Job, model: Any, tell: Callable[..., None], observe:
                 progress = replace(progress, window_loss=0.0, window_rows=0)
             if time.monotonic() - last_save > settings.save_every_s and progress.batch < len(plan):
                 progress = save(progress)
-        progress, logits = _evaluate(job, model, progress, tell, observe)
+        progress, logits = _evaluate(job, forward, progress, tell, observe)
         progress = save(replace(progress, epoch=progress.epoch + 1, batch=0), logits)
     return progress
 
 
 def _step(
     job: Job,
-    model: Any,
+    forward: Forward,
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     group: list[npt.NDArray[np.int64]],
@@ -302,20 +308,15 @@ def _step(
         DivergedError: loss or gradients are not finite; the weights were not changed.
     """
     settings = job.recipe.train
-    device = job.placement.device
+    encoded = job.train.encoded
     rows_in_group = sum(len(rows) for rows in group)
     total, tokens = 0.0, 0
     for i, rows in enumerate(group):
-        batch = batching.collate(job.train.encoded, rows, job.tokenizer.pad_id)
-        torch.manual_seed(dropout_seed(settings.seed, first_batch + i))
-        output = model(
-            input_ids=torch.from_numpy(batch.input_ids).to(device),
-            attention_mask=torch.from_numpy(batch.attention_mask).to(device, torch.int64),
-        )
-        loss = loss_sum(output.logits, torch.from_numpy(batch.labels).to(device))
+        logits = forward(encoded, rows, dropout_seed(settings.seed, first_batch + i))
+        loss = loss_sum(logits, torch.from_numpy(encoded.labels[rows]).to(logits.device))
         (loss / rows_in_group).backward()  # type: ignore[no-untyped-call]
         total += loss.item()
-        tokens += int(batch.attention_mask.sum())
+        tokens += int(encoded.lengths[rows].sum())
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm or math.inf)
     if not (math.isfinite(total) and math.isfinite(norm.item())):
         raise DivergedError(
@@ -333,7 +334,7 @@ def _step(
 
 
 def _evaluate(
-    job: Job, model: Any, progress: Progress, tell: Callable[..., None], observe: Observer
+    job: Job, forward: Forward, progress: Progress, tell: Callable[..., None], observe: Observer
 ) -> tuple[Progress, npt.NDArray[np.float32]]:
     """Scores the evaluation part at the end of an epoch and notes whether it is the best so far."""
     metric = job.recipe.train.metric_for_best_model
@@ -344,7 +345,7 @@ def _evaluate(
         done += rows
         observe({"event": "progress", "evaluated": done, "eval_rows": len(job.eval.encoded)})
 
-    logits = compute_logits(model, job.eval.encoded, job.tokenizer.pad_id, after_batch=after_batch)
+    logits = compute_logits(forward, job.eval.encoded, after_batch=after_batch)
     scores = metrics(logits, job.eval.encoded.labels, job.labels.values)
     entry = {
         "epoch": progress.epoch + 1,
@@ -425,7 +426,7 @@ def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
 
 
 def dropout_seed(seed: int, batch: int) -> int:
-    """The seed of torch's generator for one batch, counted over all epochs."""
+    """The seed of dropout for one batch, counted over all epochs."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}".encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -469,13 +470,15 @@ def _restore(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
             parameter.copy_(tensors[f"parameter/{name}"])
 
 
-def _score(job: Job, model: Any, best: checkpoint.Checkpoint) -> tuple[Part, npt.NDArray[np.float32], dict[str, Any]]:
+def _score(
+    job: Job, forward: Forward, best: checkpoint.Checkpoint
+) -> tuple[Part, npt.NDArray[np.float32], dict[str, Any]]:
     """The headline: the test rows where there are any, else the evaluation rows that also chose the epoch."""
     eval_logits = best.tensors["eval_logits"].numpy()
     eval_scores = metrics(eval_logits, job.eval.encoded.labels, job.labels.values)
     if job.test is None:
         return job.eval, eval_logits, eval_scores | {"chosen_on_these_rows": True}
-    logits = compute_logits(model, job.test.encoded, job.tokenizer.pad_id)
+    logits = compute_logits(forward, job.test.encoded)
     scores = metrics(logits, job.test.encoded.labels, job.labels.values) | {"chosen_on_these_rows": False}
     return (
         job.test,
@@ -508,7 +511,7 @@ def _verify_in_fresh_process(run: RunDir) -> dict[str, Any]:
     return found | {"seconds": time.monotonic() - began}
 
 
-def _describe(run: RunDir, job: Job) -> None:
+def _describe(run: RunDir, job: Job, engine: Engine) -> None:
     """What is known before the first step: environment, data report, rows set aside."""
     rundir.write_json(
         run.environment,
@@ -519,6 +522,8 @@ def _describe(run: RunDir, job: Job) -> None:
             "threads": job.placement.threads,
             "threads_reason": job.placement.threads_reason,
             "dtype": "float32",
+            "forward": engine.name,
+            "forward_reason": engine.reason,
             "sha256": job.recipe.sha256,
         },
     )

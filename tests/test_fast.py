@@ -1,0 +1,346 @@
+"""The fast forward against its slow twins: transformers and peft, and plain autograd with the same masks."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bases import write_base
+from safetensors.torch import load_file
+
+from trimtab import config, forward, predict, tokens, training
+from trimtab.classification import loss_sum
+from trimtab.config import LoraSettings, RuntimeSettings
+from trimtab.errors import RecipeError
+from trimtab.fast import encoder, layer
+from trimtab.fast.dropout import Noise, keep_scale
+from trimtab.fast.encoder import LAYOUTS, NotSupported
+from trimtab.fast.layer import Group, Layer
+from trimtab.model import head_modules, inject, load_base, load_config, resolve_targets, trainable
+from trimtab.tokens import Encoded
+
+TEXTS = ["a great film", "boring", "the plot is not very good " * 9, "an awful film", "dull dull", "i love it " * 8]
+ROWS = np.array([4, 0, 2, 3, 5, 1])
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = write_base(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return folder
+
+
+def make_model(
+    folder: Path,
+    targets: str = "all-linear",
+    *,
+    dropout: float = 0.0,
+    change: dict[str, Any] | None = None,
+    **lora: Any,
+) -> tuple[Any, Encoded]:
+    """A peft model whose LoRA already matters, and the encoded texts."""
+    tokenizer = tokens.from_base(folder)
+    base_config = load_config(folder, num_labels=3, dropout=dropout, pad_id=tokenizer.pad_id)
+    for name, value in (change or {}).items():
+        setattr(base_config, name, value)
+    torch.manual_seed(0)
+    base = load_base(folder, base_config)
+    head = head_modules(base.model, base.new_parameters)
+    settings = LoraSettings(**lora)
+    model = inject(base.model, settings, resolve_targets(base.model, targets, head), head, "base")
+    for name, parameter in trainable(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, tokens.encode(TEXTS, tokenizer, 48)
+
+
+def compare(model: Any, encoded: Encoded, rows: np.ndarray[Any, Any], pad_id: int) -> tuple[float, float]:
+    """Largest difference of a logit, and largest relative difference of a gradient."""
+    labels = torch.arange(len(rows)) % 3
+    parameters = trainable(model)
+    outcomes = []
+    for run in (forward.stock(model, pad_id), forward.fast(encoder.of_peft_model(model))):
+        model.zero_grad()
+        logits = run(encoded, rows, 0)
+        loss_sum(logits, labels).backward()  # type: ignore[no-untyped-call]
+        outcomes.append(
+            (logits.detach(), {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+        )
+    (slow, slow_gradients), (quick, gradients) = outcomes
+    assert slow_gradients.keys() == gradients.keys() == parameters.keys()
+    relative = [((gradients[n] - g).norm() / g.norm().clamp_min(1e-12)).item() for n, g in slow_gradients.items()]
+    return (slow - quick).abs().max().item(), max(relative)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("targets", ["query-value", "all-linear"])
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], np.array([1, 4, 1]), np.array([2])], ids=str)
+def test_logits_and_gradients_are_those_of_transformers_and_peft(
+    folders: Callable[[str], Path], kind: str, targets: str, rows: np.ndarray[Any, Any]
+) -> None:
+    model, encoded = make_model(folders(kind), targets)
+    logit, gradient = compare(model, encoded, rows, model.config.pad_token_id)
+    assert logit < 1e-5
+    assert gradient < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora"])
+@pytest.mark.parametrize("target", [("key",), ("intermediate.dense",), ("layer.1.output.dense",)])
+def test_lora_beside_any_one_weight(folders: Callable[[str], Path], target: tuple[str, ...], variant: str) -> None:
+    model, encoded = make_model(folders("bert"), target, variant=variant, r=3)  # type: ignore[arg-type]
+    logit, gradient = compare(model, encoded, ROWS, 0)
+    assert logit < 1e-5
+    assert gradient < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_text_that_holds_the_pad_token_itself(folders: Callable[[str], Path], kind: str) -> None:
+    model, encoded = make_model(folders(kind))
+    pad = model.config.pad_token_id
+    encoded.ids[int(encoded.offsets[2]) + 3] = pad
+    encoded.ids[int(encoded.offsets[5]) + 1] = pad
+    assert compare(model, encoded, ROWS, pad)[0] < 1e-5
+
+
+def test_the_loss_falls_as_with_transformers_over_50_steps(folders: Callable[[str], Path]) -> None:
+    curves = []
+    for choice in ("off", "on"):
+        model, encoded = make_model(folders("roberta"))
+        run = forward.choose(model, 1, CPU, RuntimeSettings(fast=choice)).forward  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3)
+        curve = []
+        for step in range(50):
+            loss = loss_sum(run(encoded, np.roll(ROWS, step)[:4], step), torch.tensor([0, 1, 2, 0]))
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+        curves.append(np.array(curve))
+    assert np.abs(curves[0] - curves[1]).max() < 1e-4
+    assert np.abs(np.diff(curves[0])).max() > 0.1  # the curve moves
+
+
+# -- dropout ---------------------------------------------------------------------------------------------------
+
+
+def twin(block: Layer, x: torch.Tensor, groups: list[Group], noise: Noise, number: int, first: Any) -> torch.Tensor:
+    """The layer in plain autograd, a row at a time where it can be, with the masks of the fast one."""
+
+    def dropped(t: torch.Tensor, rate: float, site: int) -> torch.Tensor:
+        return t * noise.masks(number, site).draw(rate, *t.shape) * keep_scale(rate) if rate else t
+
+    def product(item: layer.Linear, t: torch.Tensor, place: int) -> torch.Tensor:
+        y = torch.nn.functional.linear(t, item.weight, item.bias)
+        if item.lora is None:
+            return y
+        low = dropped(t, item.lora.dropout, layer._LORA + place) @ item.lora.a.t()
+        return y + item.lora.scaling * low @ item.lora.b.t()
+
+    def norm(item: layer.Norm, t: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(t, t.shape[-1:], item.weight, item.bias, item.eps)
+
+    queried = x if first is None else x[first]
+    q, k, v = product(block.query, queried, 0), product(block.key, x, 1), product(block.value, x, 2)
+    masks, heads = noise.masks(number, layer._ATTENTION), block.heads
+    pieces = []
+    for piece in layer._pieces(groups, heads, first_only=first is not None):
+        query, key, value = (
+            t.reshape(piece.rows, -1, heads, t.shape[1] // heads).transpose(1, 2)
+            for t in (q[piece.queries], k[piece.tokens], v[piece.tokens])
+        )
+        p = torch.softmax(query @ key.transpose(2, 3) * block.scale, -1)
+        if block.attention_dropout:
+            mask = masks.draw(block.attention_dropout, p.shape[0] * heads, *p.shape[2:])
+            p = p * mask.view(p.shape) * keep_scale(block.attention_dropout)
+        pieces.append((p @ value).transpose(1, 2).reshape(-1, q.shape[1]))
+    attention = product(block.attention_output, torch.cat(pieces), 3)
+    y = norm(block.attention_norm, dropped(attention, block.attention_output_dropout, 1) + queried)
+    raised = torch.nn.functional.gelu(product(block.up, y, 4))
+    return norm(block.output_norm, dropped(product(block.down, raised, 5), block.output_dropout, 2) + y)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all tokens", "first tokens"])
+@pytest.mark.parametrize("piece", [1, 200, 1 << 20])
+@pytest.mark.parametrize("targets", ["query-value", "all-linear"])
+def test_the_backward_with_dropout_is_that_of_autograd(
+    folders: Callable[[str], Path], targets: str, piece: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer, "_PIECE", piece)
+    model, encoded = make_model(folders("bert"), targets, dropout=0.3, lora_dropout=0.2)
+    block = encoder.of_peft_model(model).layers[1]
+    batch = encoder.pack(encoded.ids, encoded.offsets, np.array([0, 3, 1, 2, 5, 0]))
+    width = block.query.weight.shape[0]
+    outcomes = []
+    for run in (layer.run, twin):
+        x = torch.randn(len(batch.ids), width, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        y = run(block, x, batch.groups, Noise(5), 1, None if whole else batch.first)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+        outcomes.append((y, *torch.autograd.grad((y * weights).sum(), [x, *block.trained()])))
+    for slow, quick in zip(*outcomes, strict=True):
+        assert (slow - quick).norm() < 1e-5 * slow.norm()
+    clean = layer.run(block, x, batch.groups, None, 1, None if whole else batch.first)
+    assert (clean - y).norm() > 0.1 * y.norm()  # dropout was on
+
+
+def test_masks_keep_what_they_should_and_depend_on_seed_and_site_alone() -> None:
+    masks = Noise(3).masks(1, 2)
+    first, second = masks.draw(0.1, 1_000, 1_000), masks.draw(0.1, 1_000, 1_000)
+    assert abs(first.float().mean() * keep_scale(0.1) - 1) < 0.002
+    assert set(first.unique().tolist()) == {0, 1}
+    assert not torch.equal(first, second)
+    again = Noise(3).masks(1, 2)
+    assert torch.equal(again.draw(0.1, 1_000, 1_000), first)
+    for other in (Noise(4).masks(1, 2), Noise(3).masks(2, 2), Noise(3).masks(1, 3)):
+        agreement = (other.draw(0.1, 1_000, 1_000) == first).float().mean().item()
+        assert abs(agreement - (0.9**2 + 0.1**2)) < 0.01  # independent
+
+
+def test_dropout_differs_from_batch_to_batch_and_is_off_for_evaluation(folders: Callable[[str], Path]) -> None:
+    model, encoded = make_model(folders("bert"), dropout=0.5)
+    run = forward.fast(encoder.of_peft_model(model))
+    with torch.no_grad():
+        assert torch.equal(run(encoded, ROWS, 1), run(encoded, ROWS, 1))
+        assert not torch.equal(run(encoded, ROWS, 1), run(encoded, ROWS, 2))
+        assert torch.equal(run(encoded, ROWS), run(encoded, ROWS))
+        assert (run(encoded, ROWS) - forward.stock(model, 0)(encoded, ROWS)).abs().max() < 1e-5
+
+
+# -- what only looks like one of the family --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("bert", {"hidden_act": "relu"}, "its activation is relu"),
+        ("roberta", {"hidden_act": "gelu_new"}, "its activation is gelu_new"),
+        ("distilbert", {"activation": "relu"}, "its activation is relu"),
+        ("bert", {"position_embedding_type": "relative_key"}, "its positions are relative_key"),
+        ("roberta", {"is_decoder": True}, "is_decoder"),
+        ("albert", {}, "albert is not of the BERT family"),
+        ("deberta-v2", {}, "deberta-v2 is not of the BERT family"),
+        ("modernbert", {}, "modernbert is not of the BERT family"),
+        ("mpnet", {}, "mpnet is not of the BERT family"),
+    ],
+)
+def test_another_config_runs_stock(
+    folders: Callable[[str], Path], kind: str, change: dict[str, Any], reason: str
+) -> None:
+    model, encoded = make_model(folders(kind), change=change)
+    engine = forward.choose(model, 0, CPU, RuntimeSettings())
+    assert engine.name == "stock"
+    assert reason in engine.reason
+    assert engine.forward(encoded, ROWS).shape == (6, 3)
+    with pytest.raises(RecipeError, match="fast forward cannot be had"):
+        forward.choose(model, 0, CPU, RuntimeSettings(fast="on"))
+
+
+def test_another_structure_runs_stock(folders: Callable[[str], Path]) -> None:
+    def reason() -> str:
+        return forward.choose(model, 0, CPU, RuntimeSettings()).reason
+
+    model, _ = make_model(folders("bert"), variant="dora")
+    assert "another variant" in reason()
+    model, _ = make_model(folders("bert"))
+    block = model.get_base_model().bert.encoder.layer[1]
+    block.extra = torch.nn.Linear(2, 2)
+    assert "bert.encoder.layer.1.extra.bias" in reason()
+    del block.extra
+    assert forward.choose(model, 0, CPU, RuntimeSettings()).name == "fast"
+    block.attention.self.key.base_layer.weight = torch.nn.Parameter(torch.zeros(16, 32))
+    assert "key.weight has shape (16, 32)" in reason()
+
+
+def test_a_class_of_someone_else_runs_stock(folders: Callable[[str], Path]) -> None:
+    model, _ = make_model(folders("bert"))
+    inner = model.get_base_model()
+    inner.__class__ = type("TheirBert", (type(inner),), {"__module__": "theirs"})
+    with pytest.raises(NotSupported, match="TheirBert"):
+        encoder.of_peft_model(model)
+
+
+def test_fast_off_is_stock_and_says_so(folders: Callable[[str], Path]) -> None:
+    model, _ = make_model(folders("bert"))
+    assert forward.choose(model, 0, CPU, RuntimeSettings(fast="off")).line == "stock forward (as the recipe says)"
+    assert forward.choose(model, 0, CPU, RuntimeSettings()).line == "fast forward (bert on a CPU)"
+    assert "meta" in forward.choose(model.to("meta"), 0, torch.device("meta"), RuntimeSettings()).reason
+
+
+# -- files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A short run on the small base of an architecture."""
+    made: dict[str, Path] = {}
+
+    def run(kind: str) -> Path:
+        if kind not in made:
+            place = tmp_path_factory.mktemp(f"run-{kind}")
+            rows = [f"{text.strip()},{label}" for text in TEXTS for label in ("a", "b") for _ in range(2)]
+            (place / "rows.csv").write_text("\n".join(["text,label", *rows]), "utf-8")
+            layered = config.assemble(
+                "default",
+                {"data.train": (str(place / "rows.csv"),), "base.model": str(folders(kind))},
+                ["runtime.device=cpu", "train.num_epochs=1", "train.learning_rate=0.05"],
+            )
+            made[kind] = training.train(layered, out=str(place / "run")).path
+        return made[kind]
+
+    return run
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_merged_files_answer_as_peft_does(runs: Callable[[str], Path], kind: str) -> None:
+    quick, slow = (predict.load(runs(kind), runtime=RuntimeSettings(fast=fast)) for fast in ("on", "off"))  # type: ignore[arg-type]
+    assert (quick.engine.name, slow.engine.name) == ("fast", "stock")
+    encoded = quick.encode([*TEXTS, "film", "the great film " * 40])
+    assert np.abs(quick.logits(encoded) - slow.logits(encoded)).max() < 1e-5
+
+
+def test_a_base_saved_without_its_prefix_and_with_old_names(runs: Callable[[str], Path], tmp_path: Path) -> None:
+    classifier = predict.load(runs("bert"))
+    tensors = load_file(classifier.base.folder / "model.safetensors")
+    renamed = {
+        name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("bert.")
+    }
+    assert set(renamed).isdisjoint(tensors)
+    made = encoder.merged(
+        json.loads((classifier.base.folder / "config.json").read_bytes()),
+        renamed | {"embeddings.position_ids": torch.arange(64)[None]},
+        load_file(classifier.adapter.folder / "adapter_model.safetensors"),
+        targets=classifier.adapter.lora.target_modules,
+        rank=8,
+        scaling=2.0,
+        head=classifier.adapter.head,
+        num_labels=2,
+    )
+    encoded = classifier.encode(TEXTS)
+    with torch.no_grad():
+        assert torch.equal(forward.fast(made)(encoded, ROWS), classifier.engine.forward(encoded, ROWS))
+
+
+def test_predicting_imports_neither_transformers_nor_peft(runs: Callable[[str], Path]) -> None:
+    program = (
+        "import sys; from trimtab.cli import main; sys.argv = ['trimtab', 'predict', sys.argv[1], 'a film', '--json']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'transformers', 'peft', 'sklearn', 'pyarrow'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(runs("bert"))], capture_output=True, text=True, check=True
+    )
+    answer, imported = done.stdout.splitlines()
+    assert json.loads(answer)["text"] == "a film"
+    assert imported == "[]"

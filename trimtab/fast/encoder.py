@@ -1,0 +1,469 @@
+"""Parameters by name -> encoder -> logits, for the BERT family.
+
+An encoder is built from a mapping of names to tensors, so that it runs over the very parameters that peft and
+transformers hold, and over files as well. A model is one of the family only if every name that the layout expects
+is there and no other, each of the expected shape, and its config asks for nothing that is not computed here.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout, embedding, gelu, layer_norm, linear
+
+from trimtab.fast import layer as layers
+from trimtab.fast.dropout import Noise, keep_scale
+from trimtab.fast.layer import Group, Layer, Linear, Lora, Norm
+
+_EMBEDDINGS_SITE = 1 << 16  # beyond the number of any layer
+
+
+class NotSupported(ValueError):
+    """The model is not computed here; the message says why, for `because ...`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where an architecture keeps what: names below `prefix`, and the keys of its config."""
+
+    prefix: str
+    blocks: str
+    embeddings: str
+    query: str
+    key: str
+    value: str
+    attention_output: str
+    attention_norm: str
+    up: str
+    down: str
+    output_norm: str
+    positions_after_pad: bool
+    """RoBERTa's first token has position pad_id + 1; BERT's has 0."""
+    has_types: bool
+    head: tuple[str, ...]
+    activation: str
+    """Config keys: activation, dropout of states, of attention, of the head, number of heads."""
+    hidden_dropout: str
+    attention_dropout: str
+    head_dropout: str
+    heads: str
+    width: str
+    drops_attention_output: bool = True
+    fixed_eps: float = 0.0
+
+
+_BERT = Layout(
+    prefix="bert.",
+    blocks="encoder.layer.",
+    embeddings="embeddings.",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    attention_output="attention.output.dense",
+    attention_norm="attention.output.LayerNorm",
+    up="intermediate.dense",
+    down="output.dense",
+    output_norm="output.LayerNorm",
+    positions_after_pad=False,
+    has_types=True,
+    head=("bert.pooler.dense", "classifier"),
+    activation="hidden_act",
+    hidden_dropout="hidden_dropout_prob",
+    attention_dropout="attention_probs_dropout_prob",
+    head_dropout="classifier_dropout",
+    heads="num_attention_heads",
+    width="hidden_size",
+)
+_ROBERTA = replace(_BERT, prefix="roberta.", positions_after_pad=True, head=("classifier.dense", "classifier.out_proj"))
+LAYOUTS: dict[str, Layout] = {
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "electra": replace(_BERT, prefix="electra.", head=("classifier.dense", "classifier.out_proj")),
+    "distilbert": Layout(
+        prefix="distilbert.",
+        blocks="transformer.layer.",
+        embeddings="embeddings.",
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        attention_output="attention.out_lin",
+        attention_norm="sa_layer_norm",
+        up="ffn.lin1",
+        down="ffn.lin2",
+        output_norm="output_layer_norm",
+        positions_after_pad=False,
+        has_types=False,
+        head=("pre_classifier", "classifier"),
+        activation="activation",
+        hidden_dropout="dropout",
+        attention_dropout="attention_dropout",
+        head_dropout="seq_classif_dropout",
+        heads="n_heads",
+        width="dim",
+        drops_attention_output=False,
+        fixed_eps=1e-12,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """word [V, E], position [P, E], the type-0 row [E] or None, norm over E, and ELECTRA's projection to D or None."""
+
+    word: Tensor
+    position: Tensor
+    type_: Tensor | None
+    norm: Norm
+    projection: Linear | None
+    first_position: int
+    """Position of the first token: 0, or pad_id + 1."""
+    pad_id: int
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """Two layers over the first token; what stands between them depends on the architecture."""
+
+    kind: str
+    dense: Linear
+    out: Linear
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A whole classifier."""
+
+    embeddings: Embeddings
+    layers: tuple[Layer, ...]
+    head: Head
+
+
+class Packed(NamedTuple):
+    """The tokens of a batch end to end, rows sorted by length."""
+
+    ids: Tensor
+    """int64[N]"""
+    places: Tensor
+    """int64[N]: the place of each token within its row, from 0."""
+    first: Tensor
+    """int64[B]: where each row begins."""
+    groups: list[Group]
+    order: Tensor
+    """int64[B]: for each row as it was asked for, its place among the sorted."""
+
+
+def pack(ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> Packed:
+    """Rows of `Encoded` end to end, sorted by length.
+
+    Args:
+        ids: int32[N], tokens of all texts.
+        offsets: int64[n + 1], where each text begins.
+        rows: int64[B], the rows wanted.
+    """
+    lengths = offsets[rows + 1] - offsets[rows]
+    order = np.argsort(lengths, kind="stable")
+    rows, lengths = rows[order], lengths[order]
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)[:-1]])
+    starts = np.flatnonzero(np.diff(lengths, prepend=-1))
+    counts = np.diff(starts, append=len(rows))
+    return Packed(
+        ids=torch.from_numpy(np.concatenate([ids[offsets[row] : offsets[row + 1]] for row in rows]).astype(np.int64)),
+        places=torch.from_numpy(np.arange(int(lengths.sum())) - np.repeat(first, lengths)),
+        first=torch.from_numpy(first),
+        groups=[
+            Group(int(row), int(first[row]), int(count), int(lengths[row]))
+            for row, count in zip(starts, counts, strict=True)
+        ],
+        order=torch.from_numpy(np.argsort(order)),
+    )
+
+
+def logits(encoder: Encoder, batch: Packed, noise: Noise | None = None) -> Tensor:
+    """Logits float32[B, C] of a batch, in the order in which its rows were asked for.
+
+    The last layer is computed for the first token of each row alone: the head reads no other. Keys and values of the
+    last layer need every token.
+
+    Args:
+        encoder: The classifier.
+        batch: Its tokens.
+        noise: Randomness of dropout; None: no dropout. The head's dropout comes from torch's generator.
+    """
+    with torch.no_grad():
+        x = _embed(encoder.embeddings, batch, noise)
+    *lower, last = encoder.layers
+    for number, layer in enumerate(lower):
+        x = layers.run(layer, x, batch.groups, noise, number)
+    x = layers.run(last, x, batch.groups, noise, len(lower), first_only=batch.first)
+    return _head(encoder.head, x.float()[batch.order], training=noise is not None)
+
+
+def _embed(e: Embeddings, batch: Packed, noise: Noise | None) -> Tensor:
+    places = batch.places
+    if e.first_position:  # RoBERTa numbers the tokens that are not padding, wherever they stand
+        is_pad = batch.ids == e.pad_id
+        if bool(is_pad.any()):
+            seen = torch.cumsum(~is_pad, 0)
+            before = seen[batch.first] - (~is_pad[batch.first]).long()
+            lengths = torch.diff(batch.first, append=torch.tensor([len(batch.ids)]))
+            places = (seen - torch.repeat_interleave(before, lengths) - 1).masked_fill(is_pad, -1)
+    x = embedding(batch.ids, e.word)
+    x += embedding(places + e.first_position, e.position)
+    if e.type_ is not None:
+        x += e.type_
+    x = layer_norm(x, (x.shape[1],), e.norm.weight, e.norm.bias, e.norm.eps)
+    if noise is not None and e.dropout > 0:
+        x.mul_(noise.masks(_EMBEDDINGS_SITE).draw(e.dropout, *x.shape)).mul_(keep_scale(e.dropout))
+    return x if e.projection is None else linear(x, e.projection.weight, e.projection.bias)
+
+
+def _head(head: Head, x: Tensor, *, training: bool) -> Tensor:
+    """The head of each architecture as transformers has it: x [B, D] -> [B, C]."""
+
+    def drop(t: Tensor) -> Tensor:
+        return dropout(t, head.dropout, training)
+
+    def dense(t: Tensor) -> Tensor:
+        return linear(t, head.dense.weight, head.dense.bias)
+
+    if head.kind == "bert":
+        x = drop(torch.tanh(dense(x)))
+    elif head.kind == "distilbert":
+        x = drop(torch.relu(dense(x)))
+    elif head.kind == "electra":
+        x = drop(gelu(dense(drop(x))))
+    else:
+        x = drop(torch.tanh(dense(drop(x))))
+    return linear(x, head.out.weight, head.out.bias)
+
+
+# -- building --------------------------------------------------------------------------------------------------
+
+
+def build(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], loras: Mapping[str, Lora], num_labels: int
+) -> Encoder:
+    """Builds an encoder over tensors; nothing is copied.
+
+    Args:
+        config: The base's config.json as a mapping.
+        tensors: Every parameter of the model by transformers' name, without LoRA.
+        loras: LoRA by the name of the weight's module.
+        num_labels: Classes.
+
+    Raises:
+        NotSupported: the model only looks like one of the family, or is none.
+    """
+    kind = str(config.get("model_type"))
+    if kind not in LAYOUTS:
+        raise NotSupported(f"{kind} is not of the BERT family")
+    layout = LAYOUTS[kind]
+    _check_config(config, layout)
+    taken = _Taken(tensors, loras)
+    width = int(config[layout.width])
+    eps = layout.fixed_eps or float(config["layer_norm_eps"])
+    hidden_dropout = float(config[layout.hidden_dropout])
+    root = layout.prefix + layout.blocks
+    numbers = sorted({int(m.group(1)) for name in tensors if (m := re.match(re.escape(root) + r"(\d+)\.", name))})
+    if not numbers or numbers != list(range(len(numbers))):
+        raise NotSupported("its layers are not numbered as expected")
+
+    def block(number: int) -> Layer:
+        at = f"{root}{number}."
+        up = taken.linear(at + layout.up, columns=width)
+        return Layer(
+            query=taken.linear(at + layout.query, width, width),
+            key=taken.linear(at + layout.key, width, width),
+            value=taken.linear(at + layout.value, width, width),
+            attention_output=taken.linear(at + layout.attention_output, width, width),
+            attention_norm=taken.norm(at + layout.attention_norm, width, eps),
+            up=up,
+            down=taken.linear(at + layout.down, width, up.weight.shape[0]),
+            output_norm=taken.norm(at + layout.output_norm, width, eps),
+            heads=int(config[layout.heads]),
+            attention_dropout=float(config[layout.attention_dropout]),
+            attention_output_dropout=hidden_dropout if layout.drops_attention_output else 0.0,
+            output_dropout=hidden_dropout,
+        )
+
+    at = layout.prefix + layout.embeddings
+    word = taken.matrix(at + "word_embeddings.weight")
+    projection = layout.prefix + "embeddings_project"
+    pad_id = int(config.get("pad_token_id") or 0)
+    embeddings = Embeddings(
+        word=word,
+        position=taken.matrix(at + "position_embeddings.weight", columns=word.shape[1]),
+        type_=taken.matrix(at + "token_type_embeddings.weight", columns=word.shape[1])[0] if layout.has_types else None,
+        norm=taken.norm(at + "LayerNorm", word.shape[1], eps),
+        projection=taken.linear(projection, width, word.shape[1]) if projection + ".weight" in tensors else None,
+        first_position=pad_id + 1 if layout.positions_after_pad else 0,
+        pad_id=pad_id,
+        dropout=hidden_dropout,
+    )
+    if projection in loras:
+        raise NotSupported("LoRA stands beside the projection of its embeddings")
+    head_dropout = config.get(layout.head_dropout)
+    head = Head(
+        kind=kind,
+        dense=taken.linear(layout.head[0], width, width),
+        out=taken.linear(layout.head[1], num_labels, width),
+        dropout=hidden_dropout if head_dropout is None else float(head_dropout),
+    )
+    blocks = tuple(block(number) for number in numbers)
+    if left := taken.left():
+        raise NotSupported(f"it has {left[0]}, which the fast forward does not know")
+    return Encoder(embeddings, blocks, head)
+
+
+def _check_config(config: Mapping[str, Any], layout: Layout) -> None:
+    needed = [layout.activation, layout.hidden_dropout, layout.attention_dropout, layout.heads, layout.width]
+    needed += [] if layout.fixed_eps else ["layer_norm_eps"]
+    needed += ["pad_token_id"] if layout.positions_after_pad else []
+    if missing := [key for key in needed if key not in config]:
+        raise NotSupported(f"its config does not state {missing[0]}")
+    if config[layout.activation] != "gelu":
+        raise NotSupported(f"its activation is {config[layout.activation]}")
+    if int(config[layout.width]) % int(config[layout.heads]):
+        raise NotSupported("its width is no multiple of its heads")
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise NotSupported(f"its positions are {config['position_embedding_type']}")
+    for key in ("is_decoder", "add_cross_attention", "pruned_heads"):
+        if config.get(key):
+            raise NotSupported(f"its config says {key}")
+
+
+class _Taken:
+    """Hands out tensors by name, checks their shapes, and knows which nobody asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], loras: Mapping[str, Lora]) -> None:
+        self.tensors, self.loras = tensors, loras
+        self.names: set[str] = set()
+
+    def matrix(self, name: str, rows: int = 0, columns: int = 0) -> Tensor:
+        tensor = self._take(name)
+        if tensor.ndim != 2 or any(a and a != b for a, b in zip((rows, columns), tensor.shape, strict=True)):
+            raise NotSupported(f"{name} has shape {tuple(tensor.shape)}")
+        return tensor
+
+    def vector(self, name: str, size: int) -> Tensor:
+        tensor = self._take(name)
+        if tuple(tensor.shape) != (size,):
+            raise NotSupported(f"{name} has shape {tuple(tensor.shape)}")
+        return tensor
+
+    def linear(self, name: str, rows: int = 0, columns: int = 0) -> Linear:
+        weight = self.matrix(name + ".weight", rows, columns)
+        return Linear(weight, self.vector(name + ".bias", weight.shape[0]), self.loras.get(name))
+
+    def norm(self, name: str, size: int, eps: float) -> Norm:
+        return Norm(self.vector(name + ".weight", size), self.vector(name + ".bias", size), eps)
+
+    def left(self) -> list[str]:
+        return sorted(set(self.tensors) - self.names)
+
+    def _take(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise NotSupported(f"it has no {name}")
+        self.names.add(name)
+        return self.tensors[name]
+
+
+# -- over a peft model, and over files -------------------------------------------------------------------------
+
+
+def of_peft_model(model: Any) -> Encoder:
+    """An encoder over the parameters of a peft model around a transformers classifier; nothing is copied.
+
+    Raises:
+        NotSupported: it is not one of the family, or its LoRA is of a variant that is not computed here.
+    """
+    inner = model.get_base_model()
+    if not type(inner).__module__.startswith("transformers.models."):
+        raise NotSupported(f"{type(inner).__name__} is no class of transformers")
+    tensors: dict[str, Tensor] = {}
+    matrices: dict[str, dict[str, Tensor]] = {}
+    for full, parameter in inner.named_parameters():
+        if ".original_module." in full:
+            continue
+        name = full.replace(".modules_to_save.default", "").replace(".base_layer", "")
+        if match := re.fullmatch(r"(.+)\.lora_(\w+)\.default(?:\.weight)?", name):
+            matrices.setdefault(match.group(1), {})[match.group(2)] = parameter
+        else:
+            tensors[name] = parameter
+    loras: dict[str, Lora] = {}
+    for name, pair in matrices.items():
+        module = inner.get_submodule(name)
+        if set(pair) != {"A", "B"}:
+            raise NotSupported("its LoRA is of another variant than lora or rslora")
+        rate = float(getattr(module.lora_dropout["default"], "p", 0.0))
+        loras[name] = Lora(pair["A"], pair["B"], float(module.scaling["default"]), rate)
+    return build(inner.config.to_dict(), tensors, loras, int(inner.config.num_labels))
+
+
+def merged(
+    config: Mapping[str, Any],
+    base: Mapping[str, Tensor],
+    adapter: Mapping[str, Tensor],
+    *,
+    targets: Sequence[str],
+    rank: int,
+    scaling: float,
+    head: Sequence[str],
+    num_labels: int,
+) -> Encoder:
+    """An encoder over the tensors of two files, LoRA added into the weights: W + scaling * B A.
+
+    Args:
+        config: The base's config.json.
+        base: The tensors of its file.
+        adapter: The tensors of peft's file.
+        targets: `target_modules` of peft's config.
+        rank: The rows of every A.
+        scaling: lora_alpha / r, or what the variant makes of it.
+        head: The modules that were trained in full; the adapter must hold them, and no other.
+        num_labels: Classes.
+
+    Raises:
+        NotSupported: it is not one of the family, or the files do not fit each other to the last tensor.
+    """
+    kind = str(config.get("model_type"))
+    if kind not in LAYOUTS:
+        raise NotSupported(f"{kind} is not of the BERT family")
+    layout = LAYOUTS[kind]
+    tensors = {}
+    for found, tensor in base.items():
+        name = found.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name.startswith((layout.blocks, "embeddings", "pooler.")):  # saved from the base proper, without a head
+            name = layout.prefix + name
+        inside = name.startswith((layout.prefix + layout.blocks, layout.prefix + "embeddings"))
+        if (inside or name.rpartition(".")[0] in layout.head) and not name.endswith("_ids"):
+            tensors[name] = tensor.float()
+    own = {name.removeprefix("base_model.model."): tensor for name, tensor in adapter.items()}
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in own.values()):
+        raise NotSupported("its adapter is not finite")
+    wanted = {
+        module
+        for name in tensors
+        if name.endswith(".weight") and tensors[name].ndim == 2
+        for module in [name.removesuffix(".weight")]
+        if any(module == target or module.endswith("." + target) for target in targets)
+    }
+    for module in sorted(wanted):
+        a, b = own.pop(module + ".lora_A.weight", None), own.pop(module + ".lora_B.weight", None)
+        weight = tensors[module + ".weight"]
+        if a is None or b is None or (*b.shape, *a.shape) != (len(weight), rank, rank, weight.shape[1]):
+            raise NotSupported(f"its adapter does not fit {module}")
+        tensors[module + ".weight"] = torch.addmm(weight, b.float(), a.float(), alpha=scaling)
+    homes = {name: [module for module in head if name.startswith(module + ".")] for name in own}
+    if {module for found in homes.values() for module in found} != set(head) or not all(homes.values()):
+        raise NotSupported("its adapter does not hold just the head that it names")
+    return build(config, tensors | {name: tensor.float() for name, tensor in own.items()}, {}, num_labels)

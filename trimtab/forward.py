@@ -1,0 +1,94 @@
+"""Tokens -> logits: the fast forward where the model is of the BERT family, transformers' own everywhere else."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trimtab.batching import collate
+from trimtab.config import RuntimeSettings
+from trimtab.errors import RecipeError
+from trimtab.fast import encoder
+from trimtab.fast.dropout import Noise
+from trimtab.fast.encoder import Encoder, NotSupported
+from trimtab.tokens import Encoded
+
+
+class Forward(Protocol):
+    """Both forwards are replaceable by each other here."""
+
+    def __call__(self, encoded: Encoded, rows: npt.NDArray[np.int64], dropout_seed: int | None = None) -> torch.Tensor:
+        """Logits float32[B, C] of rows, in their order; `dropout_seed` None: no dropout."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What computes logits, and why it and not the other."""
+
+    forward: Forward
+    name: str
+    """`fast` or `stock`."""
+    reason: str
+
+    @property
+    def line(self) -> str:
+        """A few words for people."""
+        return f"{self.name} forward ({self.reason})"
+
+
+def choose(model: Any, pad_id: int, device: torch.device, settings: RuntimeSettings) -> Engine:
+    """The fast forward over a peft model's own parameters where it can be, else the model as it is.
+
+    Raises:
+        RecipeError: `runtime.fast = on`, and it cannot be.
+    """
+    reason = "as the recipe says"
+    if settings.fast != "off":
+        try:
+            if device.type != "cpu":
+                raise NotSupported(f"the device is {device.type}")
+            return Engine(fast(encoder.of_peft_model(model)), "fast", f"{model.config.model_type} on a CPU")
+        except NotSupported as found:
+            reason = str(found)
+            if settings.fast == "on":
+                raise RecipeError(
+                    "runtime.fast",
+                    f"The fast forward cannot be had: {reason}.",
+                    where="runtime.fast",
+                    mend="--set runtime.fast=auto",
+                ) from None
+    return Engine(stock(model, pad_id), "stock", reason)
+
+
+def fast(classifier: Encoder) -> Forward:
+    """The forward of an encoder of ours."""
+
+    def forward(encoded: Encoded, rows: npt.NDArray[np.int64], dropout_seed: int | None = None) -> torch.Tensor:
+        noise = None
+        if dropout_seed is not None:
+            noise = Noise(dropout_seed)
+            torch.manual_seed(dropout_seed)  # for the head's
+        return encoder.logits(classifier, encoder.pack(encoded.ids, encoded.offsets, rows), noise)
+
+    return forward
+
+
+def stock(model: Any, pad_id: int) -> Forward:
+    """The forward of a transformers model, with or without peft around it, over padded batches."""
+    device = next(model.parameters()).device
+
+    def forward(encoded: Encoded, rows: npt.NDArray[np.int64], dropout_seed: int | None = None) -> torch.Tensor:
+        model.train(dropout_seed is not None)
+        if dropout_seed is not None:
+            torch.manual_seed(dropout_seed)
+        batch = collate(encoded, rows, pad_id)
+        output = model(
+            input_ids=torch.from_numpy(batch.input_ids).to(device),
+            attention_mask=torch.from_numpy(batch.attention_mask).to(device, torch.int64),
+        )
+        logits: torch.Tensor = output.logits.float()
+        return logits
+
+    return forward
