@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from trimtab.fast import encoder, layer
 from trimtab.fast.dropout import Noise, keep_scale
 from trimtab.fast.encoder import LAYOUTS, NotSupported
 from trimtab.fast.layer import Group, Layer
+from trimtab.fast.workspace import Workspace
 from trimtab.model import head_modules, inject, load_base, load_config, resolve_targets, trainable
 from trimtab.tokens import Encoded
 
@@ -134,17 +137,21 @@ def test_the_loss_falls_as_with_transformers_over_50_steps(folders: Callable[[st
 # -- dropout ---------------------------------------------------------------------------------------------------
 
 
-def twin(block: Layer, x: torch.Tensor, groups: list[Group], noise: Noise, number: int, first: Any) -> torch.Tensor:
-    """The layer in plain autograd, a row at a time where it can be, with the masks of the fast one."""
+def mask(rate: float, shape: tuple[int, ...], *site: int, seed: int = 5) -> torch.Tensor:
+    return Noise(seed).fill(torch.empty(shape, dtype=torch.uint8), rate, *site)
+
+
+def twin(block: Layer, x: torch.Tensor, groups: list[Group], number: int, first: Any) -> torch.Tensor:
+    """The layer in plain autograd, with the masks of the fast one."""
 
     def dropped(t: torch.Tensor, rate: float, site: int) -> torch.Tensor:
-        return t * noise.masks(number, site).draw(rate, *t.shape) * keep_scale(rate) if rate else t
+        return t * mask(rate, t.shape, number, site) * keep_scale(rate) if rate else t
 
     def product(item: layer.Linear, t: torch.Tensor, place: int) -> torch.Tensor:
         y = torch.nn.functional.linear(t, item.weight, item.bias)
         if item.lora is None:
             return y
-        low = dropped(t, item.lora.dropout, layer._LORA + place) @ item.lora.a.t()
+        low = dropped(t, item.lora.dropout, layer.LORA + place) @ item.lora.a.t()
         return y + item.lora.scaling * low @ item.lora.b.t()
 
     def norm(item: layer.Norm, t: torch.Tensor) -> torch.Tensor:
@@ -152,17 +159,18 @@ def twin(block: Layer, x: torch.Tensor, groups: list[Group], noise: Noise, numbe
 
     queried = x if first is None else x[first]
     q, k, v = product(block.query, queried, 0), product(block.key, x, 1), product(block.value, x, 2)
-    masks, heads = noise.masks(number, layer._ATTENTION), block.heads
+    heads, first_only = block.heads, first is not None
+    scores = (layer._scores(groups, heads, first_only=first_only),)
+    kept = mask(block.attention_dropout, scores, number, layer.ATTENTION)
     pieces = []
-    for piece in layer._pieces(groups, heads, first_only=first is not None):
+    for piece in layer.pieces(groups, heads, first_only=first_only):
         query, key, value = (
             t.reshape(piece.rows, -1, heads, t.shape[1] // heads).transpose(1, 2)
             for t in (q[piece.queries], k[piece.tokens], v[piece.tokens])
         )
         p = torch.softmax(query @ key.transpose(2, 3) * block.scale, -1)
         if block.attention_dropout:
-            mask = masks.draw(block.attention_dropout, p.shape[0] * heads, *p.shape[2:])
-            p = p * mask.view(p.shape) * keep_scale(block.attention_dropout)
+            p = p * kept[piece.scores].view(p.shape) * keep_scale(block.attention_dropout)
         pieces.append((p @ value).transpose(1, 2).reshape(-1, q.shape[1]))
     attention = product(block.attention_output, torch.cat(pieces), 3)
     y = norm(block.attention_norm, dropped(attention, block.attention_output_dropout, 1) + queried)
@@ -181,29 +189,81 @@ def test_the_backward_with_dropout_is_that_of_autograd(
     block = encoder.of_peft_model(model).layers[1]
     batch = encoder.pack(encoded.ids, encoded.offsets, np.array([0, 3, 1, 2, 5, 0]))
     width = block.query.weight.shape[0]
-    outcomes = []
-    for run in (layer.run, twin):
-        x = torch.randn(len(batch.ids), width, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        y = run(block, x, batch.groups, Noise(5), 1, None if whole else batch.first)
-        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-        outcomes.append((y, *torch.autograd.grad((y * weights).sum(), [x, *block.trained()])))
-    for slow, quick in zip(*outcomes, strict=True):
-        assert (slow - quick).norm() < 1e-5 * slow.norm()
-    clean = layer.run(block, x, batch.groups, None, 1, None if whole else batch.first)
-    assert (clean - y).norm() > 0.1 * y.norm()  # dropout was on
+    x = torch.randn(len(batch.ids), width, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    first = None if whole else batch.first
+    slow = twin(block, x, batch.groups, 1, first)
+    dy = torch.randn(slow.shape, generator=torch.Generator().manual_seed(2))
+    slow_gradients = torch.autograd.grad((slow * dy).sum(), [x, *block.trained()])
+    with torch.no_grad():
+        scope = layer.Scope(1, batch.groups, Workspace(), Noise(5), keeps=True)
+        quick, saved = layer.forward(block, x, scope, first)
+        dx, gradients = layer.backward(block, dy, saved, scope, first, needs_dx=True)
+        assert dx is not None
+        dx = dx.clone()  # its memory is used again
+        without_dx, others = layer.backward(block, dy, saved, scope, first, needs_dx=False)
+        quick = quick.clone()
+        clean, _ = layer.forward(block, x, replace(scope, noise=None), first)
+    for one, other in zip((slow, *slow_gradients), (quick, dx, *gradients), strict=True):
+        assert (one - other).norm() < 1e-5 * one.norm()
+    assert without_dx is None
+    assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
+    assert (clean - quick).norm() > 0.1 * quick.norm()  # dropout was on
 
 
 def test_masks_keep_what_they_should_and_depend_on_seed_and_site_alone() -> None:
-    masks = Noise(3).masks(1, 2)
-    first, second = masks.draw(0.1, 1_000, 1_000), masks.draw(0.1, 1_000, 1_000)
+    shape = (1_000, 1_003)
+    first = mask(0.1, shape, 1, 2)
     assert abs(first.float().mean() * keep_scale(0.1) - 1) < 0.002
     assert set(first.unique().tolist()) == {0, 1}
-    assert not torch.equal(first, second)
-    again = Noise(3).masks(1, 2)
-    assert torch.equal(again.draw(0.1, 1_000, 1_000), first)
-    for other in (Noise(4).masks(1, 2), Noise(3).masks(2, 2), Noise(3).masks(1, 3)):
-        agreement = (other.draw(0.1, 1_000, 1_000) == first).float().mean().item()
+    assert torch.equal(mask(0.1, shape, 1, 2), first)
+    for other in (mask(0.1, shape, 1, 2, seed=4), mask(0.1, shape, 2, 2), mask(0.1, shape, 1, 3)):
+        agreement = (other == first).float().mean().item()
         assert abs(agreement - (0.9**2 + 0.1**2)) < 0.01  # independent
+    # Neither is a part of a mask a copy of another part.
+    flat = first.view(-1)
+    half = len(flat) // 2
+    assert abs((flat[:half] == flat[-half:]).float().mean() - (0.9**2 + 0.1**2)) < 0.01
+
+
+def test_a_batch_that_another_has_overwritten_is_refused(folders: Callable[[str], Path]) -> None:
+    model, encoded = make_model(folders("bert"))
+    run = forward.fast(encoder.of_peft_model(model))
+    first, second = run(encoded, ROWS, 1), run(encoded, ROWS, 2)
+    loss_sum(second, torch.arange(6) % 3).backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="another batch ran"):
+        loss_sum(first, torch.arange(6) % 3).backward()  # type: ignore[no-untyped-call]
+
+
+def test_batches_of_other_sizes_and_evaluation_in_between_change_nothing(folders: Callable[[str], Path]) -> None:
+    def run_all(*, fresh: bool) -> list[torch.Tensor]:
+        model, encoded = make_model(folders("bert"), dropout=0.1, lora_dropout=0.1)
+        run = forward.fast(encoder.of_peft_model(model))
+        found = []
+        for step, rows in enumerate(([1, 4], ROWS, [0], [2, 5, 3])):
+            if fresh:
+                run = forward.fast(encoder.of_peft_model(model))
+            model.zero_grad()
+            loss_sum(run(encoded, np.array(rows), step), torch.zeros(len(rows), dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
+            found += [parameter.grad.clone() for parameter in trainable(model).values() if parameter.grad is not None]
+            with torch.no_grad():
+                found.append(run(encoded, ROWS))
+        return found
+
+    assert all(torch.equal(one, other) for one, other in zip(run_all(fresh=True), run_all(fresh=False), strict=True))
+
+
+def test_threads_that_predict_at_once_get_their_own_answers(folders: Callable[[str], Path]) -> None:
+    model, encoded = make_model(folders("bert"))
+    run = forward.fast(encoder.of_peft_model(model))
+
+    def answer(row: int) -> torch.Tensor:
+        with torch.inference_mode():
+            return run(encoded, np.array([row]))
+
+    alone = [answer(row) for row in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(answer, list(range(6)) * 50))
+    assert all(torch.equal(one, alone[i % 6]) for i, one in enumerate(together))
 
 
 def test_dropout_differs_from_batch_to_batch_and_is_off_for_evaluation(folders: Callable[[str], Path]) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, embedding, gelu, layer_norm, linear
 
-from trimtab.fast import layer as layers
 from trimtab.fast.dropout import Noise, keep_scale
-from trimtab.fast.layer import Group, Layer, Linear, Lora, Norm
+from trimtab.fast.layer import Group, Layer, Linear, Lora, Norm, Saved, Scope, backward, blocks, forward, masked
+from trimtab.fast.workspace import Workspace
 
 _EMBEDDINGS_SITE = 1 << 16  # beyond the number of any layer
 
@@ -145,6 +145,7 @@ class Encoder:
     embeddings: Embeddings
     layers: tuple[Layer, ...]
     head: Head
+    workspace: Workspace
 
 
 class Packed(NamedTuple):
@@ -198,16 +199,61 @@ def logits(encoder: Encoder, batch: Packed, noise: Noise | None = None) -> Tenso
         batch: Its tokens.
         noise: Randomness of dropout; None: no dropout. The head's dropout comes from torch's generator.
     """
-    with torch.no_grad():
-        x = _embed(encoder.embeddings, batch, noise)
-    *lower, last = encoder.layers
-    for number, layer in enumerate(lower):
-        x = layers.run(layer, x, batch.groups, noise, number)
-    x = layers.run(last, x, batch.groups, noise, len(lower), first_only=batch.first)
-    return _head(encoder.head, x.float()[batch.order], training=noise is not None)
+    trained = [matrix for layer in encoder.layers for matrix in layer.trained()]
+    if not torch.is_grad_enabled():
+        with encoder.workspace.lock:
+            first, _ = _forward(encoder, batch, noise, keeps=False)
+            first = first[batch.order]
+    else:
+        first = _Encoder.apply(encoder, batch, noise, *trained)  # type: ignore[no-untyped-call]
+    return _head(encoder.head, first.float(), training=noise is not None)
 
 
-def _embed(e: Embeddings, batch: Packed, noise: Noise | None) -> Tensor:
+class _Encoder(torch.autograd.Function):
+    """The states of the first tokens, in the order in which rows were asked for, as a function of every LoRA matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, encoder: Encoder, batch: Packed, noise: Noise | None, *trained: Tensor) -> Tensor:
+        first, ctx.saved = _forward(encoder, batch, noise, keeps=True)
+        ctx.encoder, ctx.batch, ctx.noise, ctx.number = encoder, batch, noise, encoder.workspace.batches
+        return first[batch.order]
+
+    @staticmethod
+    def backward(ctx: Any, *d_first: Tensor) -> Any:
+        encoder, batch = ctx.encoder, ctx.batch
+        if encoder.workspace.batches != ctx.number:
+            raise RuntimeError("another batch ran between this one's forward and its backward")
+        dy: Tensor | None = torch.empty_like(d_first[0]).index_copy_(0, batch.order, d_first[0])
+        lowest = next(i for i, layer in enumerate(encoder.layers) if layer.trained())
+        gradients: list[Tensor] = []
+        for number in range(len(encoder.layers) - 1, lowest - 1, -1):
+            assert dy is not None
+            scope = Scope(number, batch.groups, encoder.workspace, ctx.noise, keeps=True)
+            dy, found = backward(
+                encoder.layers[number],
+                dy,
+                ctx.saved[number],
+                scope,
+                batch.first if number == len(encoder.layers) - 1 else None,
+                needs_dx=number > lowest,
+            )
+            gradients = found + gradients
+        return None, None, None, *gradients
+
+
+def _forward(encoder: Encoder, batch: Packed, noise: Noise | None, *, keeps: bool) -> tuple[Tensor, list[Saved]]:
+    """The states of the first tokens, sorted by length: [B, D], and what the backward needs."""
+    encoder.workspace.batches += 1
+    x = _embed(encoder.embeddings, batch, noise, encoder.workspace)
+    saved = []
+    for number, layer in enumerate(encoder.layers):
+        scope = Scope(number, batch.groups, encoder.workspace, noise, keeps)
+        x, kept = forward(layer, x, scope, batch.first if number == len(encoder.layers) - 1 else None)
+        saved.append(kept)
+    return x, saved
+
+
+def _embed(e: Embeddings, batch: Packed, noise: Noise | None, workspace: Workspace) -> Tensor:
     places = batch.places
     if e.first_position:  # RoBERTa numbers the tokens that are not padding, wherever they stand
         is_pad = batch.ids == e.pad_id
@@ -216,13 +262,16 @@ def _embed(e: Embeddings, batch: Packed, noise: Noise | None) -> Tensor:
             before = seen[batch.first] - (~is_pad[batch.first]).long()
             lengths = torch.diff(batch.first, append=torch.tensor([len(batch.ids)]))
             places = (seen - torch.repeat_interleave(before, lengths) - 1).masked_fill(is_pad, -1)
-    x = embedding(batch.ids, e.word)
-    x += embedding(places + e.first_position, e.position)
-    if e.type_ is not None:
-        x += e.type_
-    x = layer_norm(x, (x.shape[1],), e.norm.weight, e.norm.bias, e.norm.eps)
+    x = workspace.take("embedded", shape=(len(batch.ids), e.word.shape[1]), dtype=e.word.dtype)
+    for block in blocks(x):
+        t = embedding(batch.ids[block], e.word)
+        t += embedding(places[block] + e.first_position, e.position)
+        if e.type_ is not None:
+            t += e.type_
+        x[block] = layer_norm(t, x.shape[1:], e.norm.weight, e.norm.bias, e.norm.eps)
     if noise is not None and e.dropout > 0:
-        x.mul_(noise.masks(_EMBEDDINGS_SITE).draw(e.dropout, *x.shape)).mul_(keep_scale(e.dropout))
+        mask = workspace.take("mask", _EMBEDDINGS_SITE, shape=x.shape, dtype=torch.uint8)
+        masked(x, noise.fill(mask, e.dropout, _EMBEDDINGS_SITE), x).mul_(keep_scale(e.dropout))
     return x if e.projection is None else linear(x, e.projection.weight, e.projection.bias)
 
 
@@ -321,7 +370,7 @@ def build(
     blocks = tuple(block(number) for number in numbers)
     if left := taken.left():
         raise NotSupported(f"it has {left[0]}, which the fast forward does not know")
-    return Encoder(embeddings, blocks, head)
+    return Encoder(embeddings, blocks, head, Workspace())
 
 
 def _check_config(config: Mapping[str, Any], layout: Layout) -> None:

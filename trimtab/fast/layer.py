@@ -2,24 +2,26 @@
 
 Tokens of all rows stand end to end, without padding, rows sorted by length; rows of equal length form a group, and
 attention runs group by group in pieces that stay in the cache (12 heads x 256 x 256: 20 ms a batch where one product
-over the padded batch takes 44). The backward is written by hand: frozen weights need no input kept, masks are drawn
-again, probabilities are computed again, so a layer keeps 10 numbers a token and unit of width instead of 40.
+over the padded batch takes 44). The backward is written by hand: frozen weights need no input kept, and probabilities
+are computed again, so a layer keeps 10 numbers a token and unit of width instead of 40.
 
 The formulas are those of Vaswani et al. 2017 (arXiv 1706.03762) with the norm after each residual, as in BERT, and of
 LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W' + b + scaling * (dropout(x) A') B'.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import linear
 
-from trimtab.fast.dropout import Masks, Noise, keep_scale
+from trimtab.fast.dropout import Noise, keep_scale
+from trimtab.fast.workspace import Workspace
 
 _PIECE = 1 << 20  # attention scores a piece: 4 MB of float32, which the caches of two cores hold
+_BLOCK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Linear:
-    """weight [out, in], bias [out], and LoRA beside it or not."""
+    """The parts of a product: weight [out, in], bias [out], and LoRA beside it or not."""
 
     weight: Tensor
     bias: Tensor
@@ -74,7 +76,7 @@ class Layer:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """The six products, in the order of their dropout sites."""
+        """The six products, in the order of their dropout sites and of their gradients."""
         return self.query, self.key, self.value, self.attention_output, self.up, self.down
 
     def trained(self) -> list[Tensor]:
@@ -92,227 +94,271 @@ class Group(NamedTuple):
 
 
 # Sites of dropout within a layer; LoRA's are 10 + the product's place in `Layer.linears`.
-_ATTENTION, _ATTENTION_OUTPUT, _OUTPUT, _LORA = 0, 1, 2, 10
+ATTENTION, ATTENTION_OUTPUT, OUTPUT, LORA = 0, 1, 2, 10
 
 
-def run(
-    layer: Layer, x: Tensor, groups: list[Group], noise: Noise | None, number: int, first_only: Tensor | None = None
-) -> Tensor:
-    """One layer: x [N, D] -> [N, D], or [B, D] where only the first token of each row is wanted.
+@dataclass(frozen=True)
+class Scope:
+    """Where a layer runs: its number, the batch's groups of rows, its memory, its randomness."""
+
+    number: int
+    groups: Sequence[Group]
+    workspace: Workspace
+    noise: Noise | None
+    """None: no dropout."""
+    keeps: bool
+    """Whether a backward will follow; without one, all layers share their memory."""
+    drawn: bool = False
+    """Whether the masks have been drawn already: the backward reads those of the forward."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Memory that lives until the backward of this layer."""
+        return self.workspace.take(name, self.number if self.keeps else self.number % 2, shape=shape)
+
+    def scratch(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Memory that lives until the next layer runs."""
+        return self.workspace.take(name, shape=shape)
+
+    def mask(self, site: int, rate: float, shape: tuple[int, ...]) -> Tensor | None:
+        """The mask of a site, uint8[shape]; None where nothing is dropped."""
+        if self.noise is None or rate == 0:
+            return None
+        mask = self.workspace.take("mask", self.number, site, shape=shape, dtype=torch.uint8)
+        return mask if self.drawn else self.noise.fill(mask, rate, self.number, site)
+
+
+class Saved(NamedTuple):
+    """What the backward of a layer needs of its forward: N tokens, Q of them queried (all, or the first of each row).
+
+    x [N, D], queried, q (scaled), before_norm, before_output [Q, D], k, v [N, D], raised [Q, F]; the means and inverse
+    deviations of both norms; context [Q, D]; LoRA's thin products [N or Q, r] in the order of `Layer.linears`.
+    """
+
+    x: Tensor
+    queried: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    context: Tensor
+    before_norm: Tensor
+    statistics: tuple[Tensor, Tensor]
+    raised: Tensor
+    before_output: Tensor
+    output_statistics: tuple[Tensor, Tensor]
+    thin: tuple[Tensor | None, ...]
+
+
+def forward(layer: Layer, x: Tensor, scope: Scope, first_only: Tensor | None = None) -> tuple[Tensor, Saved]:
+    """One layer: x [N, D] -> y [N, D], or [B, D] where only the first token of each row is wanted.
 
     Args:
         layer: Its weights.
         x: Packed tokens.
-        groups: How rows lie in x.
-        noise: Randomness of dropout; None: no dropout.
-        number: Which layer this is, for its masks.
+        scope: Where it runs.
         first_only: int64[B], the first token of each row: queries, and all that follows, are computed for these alone.
     """
-    return _Layer.apply(x, layer, groups, noise, number, first_only, *layer.trained())  # type: ignore[no-any-return,no-untyped-call]
+    queried = x if first_only is None else x[first_only]
+    q, q_thin = _product(layer, 0, queried, scope.take("q", queried.shape), scope)
+    k, k_thin = _product(layer, 1, x, scope.take("k", x.shape), scope)
+    v, v_thin = _product(layer, 2, x, scope.take("v", x.shape), scope)
+    q *= layer.scale  # once here, instead of on every score
+    # Kept only where LoRA beside the output needs its input again.
+    keep_context = layer.attention_output.lora is not None
+    context = (scope.take if keep_context else scope.scratch)("context", queried.shape)
+    _attention(layer, q, k, v, context, scope)
+
+    before_norm, o_thin = _product(layer, 3, context, scope.take("before_norm", queried.shape), scope)
+    _drop(before_norm, layer.attention_output_dropout, ATTENTION_OUTPUT, scope)
+    before_norm += queried
+    attended, *statistics = norm(layer.attention_norm, before_norm, scope.scratch("attended", queried.shape))
+
+    inner = (len(queried), len(layer.up.weight))
+    raised, up_thin = _product(layer, 4, attended, scope.take("raised", inner), scope)
+    activated = torch.ops.aten.gelu.out(raised, out=scope.scratch("activated", inner))
+    before_output, down_thin = _product(layer, 5, activated, scope.take("before_output", queried.shape), scope)
+    _drop(before_output, layer.output_dropout, OUTPUT, scope)
+    before_output += attended
+    y, *output_statistics = norm(layer.output_norm, before_output, scope.take("y", queried.shape))
+    return y, Saved(
+        *(x, queried, q, k, v, context, before_norm, (statistics[0], statistics[1]), raised, before_output),
+        (output_statistics[0], output_statistics[1]),
+        (q_thin, k_thin, v_thin, o_thin, up_thin, down_thin),
+    )
 
 
-class _Layer(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        layer: Layer,
-        groups: list[Group],
-        noise: Noise | None,
-        number: int,
-        first_only: Tensor | None,
-        *trained: Tensor,
-    ) -> Tensor:
-        site = _Sites(layer, noise, number)
-        queried = x if first_only is None else x[first_only]
-        q, q_thin = _product(layer.query, queried, site.lora(0))
-        q *= layer.scale  # once here, instead of on every score
-        k, k_thin = _product(layer.key, x, site.lora(1))
-        v, v_thin = _product(layer.value, x, site.lora(2))
-        context = _attention(layer, q, k, v, groups, site.attention())
-
-        before_norm, o_thin = _product(layer.attention_output, context, site.lora(3))
-        _drop(
-            before_norm, layer.attention_output_dropout, site.masks(_ATTENTION_OUTPUT, layer.attention_output_dropout)
-        )
-        before_norm += queried
-        attended, mean, inverse = _norm(layer.attention_norm, before_norm)
-
-        raised, up_thin = _product(layer.up, attended, site.lora(4))
-        activated = gelu(raised)
-        before_output, down_thin = _product(layer.down, activated, site.lora(5))
-        _drop(before_output, layer.output_dropout, site.masks(_OUTPUT, layer.output_dropout))
-        before_output += attended
-        y, output_mean, output_inverse = _norm(layer.output_norm, before_output)
-
-        ctx.layer, ctx.groups, ctx.site, ctx.first_only = layer, groups, site, first_only
-        ctx.save_for_backward(
-            *(x, q, k, v, before_norm, mean, inverse, raised, before_output, output_mean, output_inverse),
-            context if layer.attention_output.lora else None,
-            *(q_thin, k_thin, v_thin, o_thin, up_thin, down_thin),
-        )
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        layer, groups, site, first_only = ctx.layer, ctx.groups, ctx.site, ctx.first_only
-        (x, q, k, v, before_norm, mean, inverse, raised, before_output, output_mean, output_inverse) = (
-            ctx.saved_tensors[:11]
-        )
-        context, q_thin, k_thin, v_thin, o_thin, up_thin, down_thin = ctx.saved_tensors[11:]
-        queried = x if first_only is None else x[first_only]
-        needs_dx = ctx.needs_input_grad[0]
-        gradients = []
-
-        # Feed-forward block. `d...` is the gradient of the loss with respect to what follows the d.
-        d_attended = _norm_backward(layer.output_norm, dy, before_output, output_mean, output_inverse)
-        d_product = _dropped(d_attended, layer.output_dropout, site.masks(_OUTPUT, layer.output_dropout))
-        activated = gelu(raised) if layer.down.lora else None
-        d_activated, down_gradients = _product_backward(layer.down, d_product, activated, down_thin, site.lora(5))
-        assert d_activated is not None
-        d_raised = torch.ops.aten.gelu_backward(d_activated, raised)
-        del d_product, d_activated, activated
-        attended = _norm(layer.attention_norm, before_norm)[0] if layer.up.lora else None
-        _, up_gradients = _product_backward(layer.up, d_raised, attended, up_thin, site.lora(4), into=d_attended)
-        del d_raised, attended
-
-        # Attention block.
-        d_queried = _norm_backward(layer.attention_norm, d_attended, before_norm, mean, inverse)
-        d_product = _dropped(
-            d_queried, layer.attention_output_dropout, site.masks(_ATTENTION_OUTPUT, layer.attention_output_dropout)
-        )
-        d_context, o_gradients = _product_backward(layer.attention_output, d_product, context, o_thin, site.lora(3))
-        assert d_context is not None
-        del d_product, d_attended
-        dq, dk, dv = _attention_backward(
-            layer, d_context, q, k, v, groups, site.attention(), needs_dk=needs_dx or layer.key.lora is not None
-        )
-        dx = None
-        if needs_dx:
-            dx = d_queried if first_only is None else torch.zeros_like(x)
-        into = dx if first_only is None else d_queried
-        _, q_gradients = _product_backward(layer.query, dq, queried, q_thin, site.lora(0), into=into, wanted=needs_dx)
-        _, k_gradients = _product_backward(layer.key, dk, x, k_thin, site.lora(1), into=dx, wanted=needs_dx)
-        _, v_gradients = _product_backward(layer.value, dv, x, v_thin, site.lora(2), into=dx, wanted=needs_dx)
-        if dx is not None and first_only is not None:
-            dx.index_add_(0, first_only, d_queried)
-        for pair in (q_gradients, k_gradients, v_gradients, o_gradients, up_gradients, down_gradients):
-            gradients += pair
-        return dx, None, None, None, None, None, *gradients
-
-
-@dataclass(frozen=True)
-class _Sites:
-    """The streams of masks of one layer in one batch; None where nothing is dropped."""
-
-    layer: Layer
-    noise: Noise | None
-    number: int
-
-    def masks(self, site: int, rate: float) -> Masks | None:
-        return self.noise.masks(self.number, site) if self.noise is not None and rate > 0 else None
-
-    def attention(self) -> Masks | None:
-        return self.masks(_ATTENTION, self.layer.attention_dropout)
-
-    def lora(self, place: int) -> Masks | None:
-        lora = self.layer.linears[place].lora
-        return self.masks(_LORA + place, lora.dropout) if lora else None
-
-
-# -- the pieces: each forward with its backward ----------------------------------------------------------------
-
-
-def _product(item: Linear, x: Tensor, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
-    """From x [N, in], y [N, out], and LoRA's thin product [N, r], which the backward needs."""
-    y = linear(x, item.weight, item.bias)
-    if item.lora is None:
-        return y, None
-    lora = item.lora
-    x, scaling = (x, lora.scaling) if masks is None else (x * masks.draw(lora.dropout, *x.shape), _scaled(lora))
-    thin = x @ lora.a.to(x.dtype).t()
-    y.addmm_(thin, lora.b.to(x.dtype).t(), alpha=scaling)
-    return y, thin
-
-
-def _product_backward(
-    item: Linear,
-    dy: Tensor,
-    x: Tensor | None,
-    thin: Tensor | None,
-    masks: Masks | None,
-    *,
-    into: Tensor | None = None,
-    wanted: bool = True,
+def backward(
+    layer: Layer, dy: Tensor, saved: Saved, scope: Scope, first_only: Tensor | None = None, *, needs_dx: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """From dy [N, out], dx [N, in], added to `into` where it is given, and the gradients of a and b."""
+    """The gradients of a layer, `d...` being that of the loss with respect to what follows the d.
+
+    Returns:
+        dx [N, D], None unless it is needed, and the gradients of `layer.trained()`.
+    """
+    scope = replace(scope, drawn=True)
+    gradients: list[list[Tensor]] = [[]] * 6
+
+    # Feed-forward block.
+    d_attended = scope.scratch("d_attended", dy.shape)
+    _norm_backward(layer.output_norm, dy, saved.before_output, saved.output_statistics, d_attended)
+    d_product = _dropped(d_attended, layer.output_dropout, OUTPUT, scope)
+    activated = scope.scratch("activated", saved.raised.shape)
+    if layer.down.lora is not None:
+        torch.ops.aten.gelu.out(saved.raised, out=activated)
+        d_raised = scope.scratch("d_raised", saved.raised.shape)
+    else:
+        d_raised = activated
+    torch.mm(d_product, layer.down.weight, out=d_raised)
+    gradients[5] = _lora_backward(layer, 5, d_product, activated, saved, scope, into=d_raised)
+    torch.ops.aten.gelu_backward.grad_input(d_raised, saved.raised, grad_input=d_raised)
+    d_attended.addmm_(d_raised, layer.up.weight)
+    if layer.up.lora is not None:
+        attended, *_ = norm(layer.attention_norm, saved.before_norm, scope.scratch("attended", saved.queried.shape))
+        gradients[4] = _lora_backward(layer, 4, d_raised, attended, saved, scope, into=d_attended)
+
+    # Attention block.
+    d_queried = scope.scratch("d_queried", dy.shape)
+    _norm_backward(layer.attention_norm, d_attended, saved.before_norm, saved.statistics, d_queried)
+    d_product = _dropped(d_queried, layer.attention_output_dropout, ATTENTION_OUTPUT, scope)
+    d_context = torch.mm(d_product, layer.attention_output.weight, out=scope.scratch("d_context", d_product.shape))
+    gradients[3] = _lora_backward(layer, 3, d_product, saved.context, saved, scope, into=d_context)
+    needs_dk = needs_dx or layer.key.lora is not None
+    dq, dk, dv = _attention_backward(layer, d_context, saved, scope, needs_dk=needs_dk)
     dx = None
-    if wanted:
-        dx = dy @ item.weight if into is None else into.addmm_(dy, item.weight)
+    if needs_dx:
+        dx = d_queried if first_only is None else scope.scratch("dx", saved.x.shape).zero_()
+    for place, d_out, source, into in (
+        (0, dq, saved.queried, d_queried if needs_dx else None),
+        (1, dk, saved.x, dx),
+        (2, dv, saved.x, dx),
+    ):
+        if into is not None:
+            into.addmm_(d_out, layer.linears[place].weight)
+        gradients[place] = _lora_backward(layer, place, d_out, source, saved, scope, into=into)
+    if dx is not None and first_only is not None:
+        dx.index_add_(0, first_only, d_queried)
+    return dx, [gradient for pair in gradients for gradient in pair]
+
+
+# -- the pieces ------------------------------------------------------------------------------------------------
+
+
+def _product(layer: Layer, place: int, x: Tensor, out: Tensor, scope: Scope) -> tuple[Tensor, Tensor | None]:
+    """The product at `place` of `Layer.linears`: x [N, in] -> out [N, out], and LoRA's thin product [N, r]."""
+    item = layer.linears[place]
+    torch.addmm(item.bias, x, item.weight.t(), out=out)
     if item.lora is None:
-        return dx, []
-    assert x is not None
-    assert thin is not None
-    lora = item.lora
-    mask = None if masks is None else masks.draw(lora.dropout, *x.shape)
-    scaling = lora.scaling if masks is None else _scaled(lora)
+        return out, None
+    lora, mask = item.lora, scope.mask(LORA + place, item.lora.dropout, x.shape)
+    thin = (x if mask is None else masked(x, mask, scope.scratch("lora_x", x.shape))) @ lora.a.to(x.dtype).t()
+    out.addmm_(thin, lora.b.to(x.dtype).t(), alpha=_scaling(lora, mask))
+    return out, thin
+
+
+def _lora_backward(
+    layer: Layer, place: int, dy: Tensor, x: Tensor, saved: Saved, scope: Scope, *, into: Tensor | None
+) -> list[Tensor]:
+    """The gradients of a and b, from dy [N, out] and x [N, in]; LoRA's share of dx is added to `into`."""
+    lora, thin = layer.linears[place].lora, saved.thin[place]
+    if lora is None or thin is None:
+        return []
+    mask = scope.mask(LORA + place, lora.dropout, x.shape)
+    scaling = _scaling(lora, mask)
     # Shapes as MKL likes them: dy @ b takes 1.0 ms where linear(dy, b') takes 0.45, dy' @ thin 2.3 against 0.4.
     d_thin = linear(dy, lora.b.to(dy.dtype).t().contiguous()).mul_(scaling)
-    da = d_thin.t() @ (x if mask is None else x * mask)
+    da = d_thin.t() @ (x if mask is None else masked(x, mask, scope.scratch("lora_x", x.shape)))
     db = (thin.t() @ dy).t().mul(scaling)
-    if dx is not None:
+    if into is not None:
         if mask is None:
-            dx.addmm_(d_thin, lora.a.to(dy.dtype))
+            into.addmm_(d_thin, lora.a.to(dy.dtype))
         else:
-            dx.addcmul_(d_thin @ lora.a.to(dy.dtype), mask.to(dy.dtype))
-    return dx, [da.to(lora.a.dtype), db.to(lora.b.dtype)]
+            share = torch.mm(d_thin, lora.a.to(dy.dtype), out=scope.scratch("lora_x", x.shape))
+            into += masked(share, mask, share)
+    return [da.to(lora.a.dtype), db.to(lora.b.dtype)]
 
 
-def _scaled(lora: Lora) -> float:
-    return lora.scaling * keep_scale(lora.dropout)
+def _scaling(lora: Lora, mask: Tensor | None) -> float:
+    return lora.scaling * (1.0 if mask is None else keep_scale(lora.dropout))
 
 
-def _drop(x: Tensor, rate: float, masks: Masks | None) -> None:
+def _drop(x: Tensor, rate: float, site: int, scope: Scope) -> None:
     """Dropout in place."""
-    if masks is not None:
-        x.mul_(masks.draw(rate, *x.shape)).mul_(keep_scale(rate))
+    if (mask := scope.mask(site, rate, x.shape)) is not None:
+        masked(x, mask, x).mul_(keep_scale(rate))
 
 
-def _dropped(x: Tensor, rate: float, masks: Masks | None) -> Tensor:
-    """Dropout as a new tensor; its backward too, for the mask is the same."""
-    return x if masks is None else (x * masks.draw(rate, *x.shape)).mul_(keep_scale(rate))
+def _dropped(x: Tensor, rate: float, site: int, scope: Scope) -> Tensor:
+    """Dropout beside x: the backward of `_drop`, for the mask is the same."""
+    mask = scope.mask(site, rate, x.shape)
+    return x if mask is None else masked(x, mask, scope.scratch("d_product", x.shape)).mul_(keep_scale(rate))
 
 
-def _norm(norm: Norm, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised x, and the mean and inverse deviation of each token."""
-    return torch.native_layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+def norm(weights: Norm, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised x in `out`, and the mean and inverse deviation of each token."""
+    means, inverses = [], []
+    for block in blocks(x):
+        y, mean, inverse = torch.native_layer_norm(x[block], x.shape[1:], weights.weight, weights.bias, weights.eps)
+        out[block] = y
+        means.append(mean)
+        inverses.append(inverse)
+    return out, torch.cat(means), torch.cat(inverses)
 
 
-def _norm_backward(norm: Norm, dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    dx: Tensor = torch.ops.aten.native_layer_norm_backward(
-        dy, x, (x.shape[-1],), mean, inverse, norm.weight, norm.bias, [True, False, False]
-    )[0]
-    return dx
+def _norm_backward(weights: Norm, dy: Tensor, x: Tensor, statistics: tuple[Tensor, Tensor], out: Tensor) -> None:
+    for block in blocks(x):
+        of_block = (dy[block], x[block], x.shape[1:], *(t[block] for t in statistics), weights.weight, weights.bias)
+        out[block] = torch.ops.aten.native_layer_norm_backward(*of_block, [True, False, False])[0]
 
 
-class _Piece(NamedTuple):
-    """A few rows of one length, as slices of queries and of tokens."""
+def masked(x: Tensor, mask: Tensor, out: Tensor) -> Tensor:
+    """Into `out`, x times a mask of its shape."""
+    for block in blocks(x):
+        torch.mul(x[block], mask[block], out=out[block])
+    return out
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """Slices of the first dimension of at most `_BLOCK` numbers.
+
+    Work that torch cannot do in place makes its temporaries of this size: they stay in the cache, where temporaries of
+    a whole batch left the heap 300 MB larger (glibc does not use a hole again for an aligned piece of its very size).
+    """
+    step = max(1, _BLOCK // max(1, x[:1].numel()))
+    return (slice(start, start + step) for start in range(0, len(x), step))
+
+
+# -- attention -------------------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A few rows of one length, as slices of queries, of tokens, and of all scores laid flat."""
 
     queries: slice
     tokens: slice
     rows: int
+    scores: slice
 
 
-def _pieces(groups: list[Group], heads: int, *, first_only: bool) -> Iterator[_Piece]:
+def pieces(groups: Sequence[Group], heads: int, *, first_only: bool) -> Iterator[Piece]:
+    """Cuts groups into pieces of at most `_PIECE` scores, or of one row."""
+    flat = 0
     for group in groups:
         scores = heads * group.length * (1 if first_only else group.length)
         step = max(1, _PIECE // scores)
         for done in range(0, group.rows, step):
             rows = min(step, group.rows - done)
-            token = group.token + done * group.length
+            token, row = group.token + done * group.length, group.row + done
             tokens = slice(token, token + rows * group.length)
-            row = group.row + done
-            yield _Piece(slice(row, row + rows) if first_only else tokens, tokens, rows)
+            queries = slice(row, row + rows) if first_only else tokens
+            yield Piece(queries, tokens, rows, slice(flat, flat + rows * scores))
+            flat += rows * scores
+
+
+def _scores(groups: Sequence[Group], heads: int, *, first_only: bool) -> int:
+    return sum(heads * group.rows * group.length * (1 if first_only else group.length) for group in groups)
+
+
+def _attention_mask(layer: Layer, scope: Scope, *, first_only: bool) -> Tensor | None:
+    return scope.mask(ATTENTION, layer.attention_dropout, (_scores(scope.groups, layer.heads, first_only=first_only),))
 
 
 def _by_head(x: Tensor, rows: int, heads: int) -> Tensor:
@@ -329,56 +375,52 @@ def _write(x: Tensor, by_head: Tensor, rows: int, heads: int) -> None:
     x.view(rows, -1, heads, width).copy_(by_head.view(rows, heads, -1, width).transpose(1, 2))
 
 
-def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, scope: Scope) -> Tensor:
     """softmax(q k'), as [rows * heads, queries, tokens]; q comes scaled."""
-    scores = torch.bmm(q, k.transpose(1, 2))
+    scores = scope.scratch("p", (len(q), q.shape[1], k.shape[1]))
+    torch.bmm(q, k.transpose(1, 2), out=scores)
     return torch.softmax(scores, -1, out=scores)
 
 
-def _attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor, groups: list[Group], masks: Masks | None) -> Tensor:
-    """The context, shaped like q, of q [N or B, D], which comes scaled, and k and v [N, D]."""
-    heads, rate = layer.heads, layer.attention_dropout
-    context = torch.empty_like(q)
-    for piece in _pieces(groups, heads, first_only=len(q) != len(k)):
-        p = _probabilities(_by_head(q[piece.queries], piece.rows, heads), _by_head(k[piece.tokens], piece.rows, heads))
-        if masks is not None:
-            p.mul_(masks.draw(rate, *p.shape))
-        out = torch.bmm(p, _by_head(v[piece.tokens], piece.rows, heads))
-        _write(context[piece.queries], out, piece.rows, heads)
-    return context if masks is None else context.mul_(keep_scale(rate))
+def _attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor, context: Tensor, scope: Scope) -> None:
+    """Writes the context, shaped like q, of q [N or B, D], which comes scaled, and k and v [N, D]."""
+    heads, first_only = layer.heads, len(q) != len(k)
+    mask = _attention_mask(layer, scope, first_only=first_only)
+    for piece in pieces(scope.groups, heads, first_only=first_only):
+        q_, k_ = _by_head(q[piece.queries], piece.rows, heads), _by_head(k[piece.tokens], piece.rows, heads)
+        p = _probabilities(q_, k_, scope)
+        if mask is not None:
+            masked(p, mask[piece.scores].view(p.shape), p)
+        _write(context[piece.queries], torch.bmm(p, _by_head(v[piece.tokens], piece.rows, heads)), piece.rows, heads)
+    if mask is not None:
+        context.mul_(keep_scale(layer.attention_dropout))
 
 
 def _attention_backward(
-    layer: Layer,
-    d_context: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: list[Group],
-    masks: Masks | None,
-    *,
-    needs_dk: bool,
+    layer: Layer, d_context: Tensor, saved: Saved, scope: Scope, *, needs_dk: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q before its scaling, k and v; that of k is left empty where nobody needs it."""
-    heads, rate = layer.heads, layer.attention_dropout
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if masks is not None:
-        d_context.mul_(keep_scale(rate))
-    for piece in _pieces(groups, heads, first_only=len(q) != len(k)):
+    """Gradients of q before its scaling, k and v; that of k is left unwritten where nobody needs it."""
+    q, k, v = saved.q, saved.k, saved.v
+    heads, first_only = layer.heads, len(q) != len(k)
+    dq, dk, dv = (scope.scratch(name, t.shape) for name, t in (("dq", q), ("dk", k), ("dv", v)))
+    mask = _attention_mask(layer, scope, first_only=first_only)
+    if mask is not None:
+        d_context.mul_(keep_scale(layer.attention_dropout))
+    for piece in pieces(scope.groups, heads, first_only=first_only):
         rows = piece.rows
-        q_, k_, v_ = (
-            _by_head(t[s], rows, heads) for t, s in ((q, piece.queries), (k, piece.tokens), (v, piece.tokens))
-        )
+        q_ = _by_head(q[piece.queries], rows, heads)
+        k_ = _by_head(k[piece.tokens], rows, heads)
         d_out = _by_head(d_context[piece.queries], rows, heads)
-        p = _probabilities(q_, k_)
-        dp = torch.bmm(d_out, v_.transpose(1, 2))
+        p = _probabilities(q_, k_, scope)
+        dp, ds = scope.scratch("dp", p.shape), scope.scratch("ds", p.shape)
+        torch.bmm(d_out, _by_head(v[piece.tokens], rows, heads).transpose(1, 2), out=dp)
         kept = p
-        if masks is not None:
-            mask = masks.draw(rate, *p.shape)
-            kept = p * mask
-            dp.mul_(mask)
+        if mask is not None:
+            keep = mask[piece.scores].view(p.shape)
+            kept = masked(p, keep, scope.scratch("kept", p.shape))
+            masked(dp, keep, dp)
         _write(dv[piece.tokens], torch.bmm(kept.transpose(1, 2), d_out), rows, heads)
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=ds)
         _write(dq[piece.queries], torch.bmm(ds, k_), rows, heads)
         if needs_dk:
             _write(dk[piece.tokens], torch.bmm(ds.transpose(1, 2), q_), rows, heads)
