@@ -245,8 +245,8 @@ def test_batches_of_other_sizes_and_evaluation_in_between_change_nothing(folders
             model.zero_grad()
             loss_sum(run(encoded, np.array(rows), step), torch.zeros(len(rows), dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
             found += [parameter.grad.clone() for parameter in trainable(model).values() if parameter.grad is not None]
-            with torch.no_grad():
-                found.append(run(encoded, ROWS))
+            with torch.inference_mode():
+                found.append(run(encoded, ROWS).clone())
         return found
 
     assert all(torch.equal(one, other) for one, other in zip(run_all(fresh=True), run_all(fresh=False), strict=True))

@@ -152,24 +152,31 @@ def predict(
         _usage(f'--lang is zh or en, not "{lang}".')
     if bool(texts) + bool(file) > 1:
         _usage("Give texts or --file, not both.")
-    table = answer_files.read(file, text or "auto") if file else None
-    given = table.texts if table else list(texts or _stdin_lines())
+    tables = (
+        answer_files.read(file, text or "auto")
+        if file
+        else iter([answer_files.as_table(list(texts or _stdin_lines()))])
+    )
     if out:
         answer_files.check_writable(out)
     classifier = load(path, base=base)
-    predictions = classifier.predict(given)
     if out:
-        answer_files.write(out, table or answer_files.as_table(given), predictions)
-        print(f"{len(predictions):,} rows in {out}", file=sys.stderr)
-    elif as_json:
-        for prediction in predictions:
-            named = (
-                {"name": classifier.labels.name(classifier.labels.values.index(prediction.label), lang)} if lang else {}
-            )
-            _json(asdict(prediction) | named)
-    else:
-        for line in answer_files.table_lines(predictions, classifier.labels, lang):
-            print(line)
+        rows = 0
+        with answer_files.writing(out) as append:
+            for table in tables:
+                append(table, classifier.predict(table.texts))
+                rows += len(table.texts)
+        print(f"{rows:,} rows in {out}", file=sys.stderr)
+        return
+    for table in tables:
+        predictions = classifier.predict(table.texts)
+        if as_json:
+            for prediction in predictions:
+                index = classifier.labels.values.index(prediction.label)
+                _json(asdict(prediction) | ({"name": classifier.labels.name(index, lang)} if lang else {}))
+        else:
+            for line in answer_files.table_lines(predictions, classifier.labels, lang):
+                print(line)
 
 
 @app.command("eval")

@@ -14,7 +14,8 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -428,14 +429,19 @@ def expand(paths: Sequence[str]) -> list[Path]:
     return files
 
 
+def file_kind(path: Path) -> str | None:
+    """What the name of a file says: `parquet`, `json`, or the delimiter of a text file; None: none that is read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((_SUFFIXES[suffix] for suffix in reversed(suffixes) if suffix in _SUFFIXES), None)
+
+
 def read_table(path: Path) -> Table:
     """Reads one file; its format is told by its name, its compression by its first bytes.
 
     Raises:
         DataError: empty, of no format or encoding that is read, or damaged.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = next((_SUFFIXES[suffix] for suffix in reversed(suffixes) if suffix in _SUFFIXES), None)
+    kind = file_kind(path)
     if kind is None:
         raise DataError(
             "data.format",
@@ -452,21 +458,53 @@ def read_table(path: Path) -> Table:
 
 
 def _read_parquet(path: Path) -> Table:
+    import pyarrow.parquet as pq
+
+    with _parquet_errors(path):
+        _check_header(path, pq.read_schema(path).names)
+        table = pq.read_table(path)
+        columns = {name: _values(table.column(name)) for name in table.column_names}
+    return Table(path, columns, list(range(1, table.num_rows + 1)), encoding="parquet")
+
+
+def read_parquet_in_parts(path: Path, rows: int) -> Iterator[tuple[Table, Any]]:
+    """A parquet file as tables of at most `rows` rows, each with pyarrow's own RecordBatch, which keeps its types.
+
+    A file without rows is one table without rows.
+
+    Raises:
+        DataError: this is not a whole parquet file.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def values(column: Any) -> list[Any]:
-        try:
-            return column.to_pylist()  # type: ignore[no-any-return]
-        except ValueError:  # a time that Python cannot hold: nanoseconds, an unknown zone
-            if not pa.types.is_temporal(column.type):
-                raise
-            return column.cast(pa.int64()).to_pylist()  # type: ignore[no-any-return]
+    with _parquet_errors(path), pq.ParquetFile(path) as file:
+        _check_header(path, file.schema_arrow.names)
+        row = 1
+        nothing = pa.RecordBatch.from_pylist([], file.schema_arrow)
+        for batch in file.iter_batches(rows) if file.metadata.num_rows else (nothing,):
+            columns = {name: _values(batch.column(name)) for name in batch.schema.names}
+            yield Table(path, columns, list(range(row, row + len(batch))), encoding="parquet"), batch
+            row += len(batch)
+
+
+def _values(column: Any) -> list[Any]:
+    import pyarrow as pa
 
     try:
-        _check_header(path, pq.read_schema(path).names)
-        table = pq.read_table(path)
-        columns = {name: values(table.column(name)) for name in table.column_names}
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except ValueError:  # a time that Python cannot hold: nanoseconds, an unknown zone
+        if not pa.types.is_temporal(column.type):
+            raise
+        return column.cast(pa.int64()).to_pylist()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             "data.parquet",
@@ -474,7 +512,6 @@ def _read_parquet(path: Path) -> Table:
             where=str(path),
             mend="was it cut while it was copied, or is it a CSV with a wrong name? Fetch or export it again",
         ) from None
-    return Table(path, columns, list(range(1, table.num_rows + 1)), encoding="parquet")
 
 
 def _read_text(path: Path, kind: str) -> Table:

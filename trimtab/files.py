@@ -1,8 +1,11 @@
 """Texts from a file, and answers to a file or a screen: row count and order are kept."""
 
+import contextlib
 import csv
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,17 @@ from trimtab.errors import DataError, RecipeError, ResourceError, some
 from trimtab.predict import Prediction
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_ROWS = 20_000  # of a parquet file at a time: enough to sort by length, and 1,000,000 rows take no more memory
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """The columns of one or several files, and which of them are the texts."""
+    """Some rows, and which of their columns are the texts."""
 
     columns: dict[str, list[Any]]
     text_column: str
+    arrow: Any = None
+    """The same rows as pyarrow's RecordBatch, where they come from a parquet file: it keeps their types."""
 
     @property
     def texts(self) -> list[str]:
@@ -35,38 +41,73 @@ def as_table(texts: Sequence[str]) -> TextTable:
     return TextTable({"text": list(texts)}, "text")
 
 
-def read(paths: Sequence[str], text: str) -> TextTable:
-    """Reads files with texts to label.
+def read(paths: Sequence[str], text: str) -> Iterator[TextTable]:
+    """Reads files with texts to label: parquet in parts, so that any number of rows fits; others as one table.
+
+    All rows are checked before the first table is given.
 
     Raises:
         DataError: no such file or column, files with different columns, or cells that are no text: all are counted.
     """
-    joined: dict[str, list[Any]] = {}
-    text_column = ""
+    files = data.expand(paths)
+    if all(data.file_kind(file) == "parquet" for file in files):
+        _check((table for table, _ in _parts(files)), text)
+        return (TextTable(table.columns, _text_column(table, text), batch) for table, batch in _parts(files))
+    tables = [data.read_table(file) for file in files]
+    _check(tables, text)
+    joined = {name: [cell for table in tables for cell in table.columns[name]] for name in tables[0].columns}
+    return iter([TextTable(joined, _text_column(tables[0], text))])
+
+
+def _parts(files: Sequence[Path]) -> Iterator[tuple[data.Table, Any]]:
+    schema: Any = None
+    for file in files:
+        for table, batch in data.read_parquet_in_parts(file, _ROWS):
+            schema = schema or batch.schema
+            if not batch.schema.equals(schema):
+                raise DataError(
+                    "data.columns",
+                    f"Files have different columns: {_shown(schema)}; {_shown(batch.schema)}.",
+                    where=str(file),
+                    mend="label them one by one",
+                )
+            yield table, batch
+
+
+def _shown(schema: Any) -> str:
+    return some([f"{field.name} ({field.type})" for field in schema], 20)
+
+
+def _check(tables: Iterable[data.Table], text: str) -> None:
+    first: data.Table | None = None
     bad: list[str] = []
-    for path in data.expand(paths):
-        table = data.read_table(path)
-        text_column = data.find_text_column(table, text) or _only_column(table)
-        if joined and list(joined) != list(table.columns):
+    places: dict[str, None] = {}
+    for table in tables:
+        first = first or table
+        if list(first.columns) != list(table.columns):
             raise DataError(
                 "data.columns",
-                f"Files have different columns: {some(joined, 20)}; {some(table.columns, 20)}.",
-                where=str(path),
+                f"Files have different columns: {some(first.columns, 20)}; {some(table.columns, 20)}.",
+                where=str(table.path),
                 mend="label them one by one",
             )
-        for name, values in table.columns.items():
-            joined.setdefault(name, []).extend(values)
-        bad += [f"{table.path.name} line {reject.line} ({reject.reason})" for reject in table.ragged]
-        cells = zip(table.lines, table.columns[text_column], strict=True)
-        bad += [f"{table.path.name} line {line} (not text)" for line, cell in cells if not isinstance(cell, str)]
+        found = [f"{table.path.name} line {reject.line} ({reject.reason})" for reject in table.ragged]
+        cells = zip(table.lines, table.columns[_text_column(table, text)], strict=True)
+        found += [f"{table.path.name} line {line} (not text)" for line, cell in cells if not isinstance(cell, str)]
+        if found:
+            places[str(table.path)] = None
+        bad += found
     if bad:
         raise DataError(
             "data.bad_rows",
             f"{len(bad):,} rows hold no text that could be labelled: {some(bad)}.",
-            where=some(paths),
+            where=some(places),
             mend="correct or remove these rows; an empty string is fine",
         )
-    return TextTable(joined, text_column)
+
+
+def _text_column(table: data.Table, text: str) -> str:
+    return data.find_text_column(table, text) or _only_column(table)
 
 
 def _only_column(table: data.Table) -> str:
@@ -99,32 +140,76 @@ def check_writable(out: str) -> None:
         )
 
 
-def write(out: str, table: TextTable, predictions: Sequence[Prediction]) -> None:
-    """Writes the input's columns with `predicted_label` and `predicted_score`; the file appears whole."""
+@contextmanager
+def writing(out: str) -> Iterator[Callable[[TextTable, Sequence[Prediction]], None]]:
+    """Gives a function that appends rows: the input's columns with `predicted_label` and `predicted_score`.
+
+    The file appears whole at the end, or not at all where something fails.
+    """
     path = Path(out).expanduser()
-    columns = table.columns | {
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with (_parquet if path.suffix.lower() == ".parquet" else _text)(draft, path.suffix.lower()) as append:
+            yield append
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _answers(predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
+    return {
         "predicted_label": [prediction.label for prediction in predictions],
         "predicted_score": [prediction.score for prediction in predictions],
     }
-    draft = path.with_name(path.name + ".tmp")
-    if path.suffix.lower() == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        pq.write_table(pa.table(columns), draft)
-    else:
-        rows = zip(*columns.values(), strict=True)
-        with draft.open("w", newline="", encoding="utf-8") as file:
-            if path.suffix.lower() == ".jsonl":
+
+@contextmanager
+def _parquet(draft: Path, suffix: str) -> Iterator[Callable[[TextTable, Sequence[Prediction]], None]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with contextlib.ExitStack() as stack:
+        writer: Any = None
+
+        def append(table: TextTable, predictions: Sequence[Prediction]) -> None:
+            nonlocal writer
+            answers = _answers(predictions)
+            if table.arrow is None:
+                rows = pa.table({name: cells for name, cells in table.columns.items() if name not in answers} | answers)
+            else:
+                rows = pa.Table.from_batches([table.arrow])
+                rows = rows.drop_columns([name for name in answers if name in rows.column_names])
+                for name, cells in answers.items():
+                    kind = pa.string() if name == "predicted_label" else pa.float64()
+                    rows = rows.append_column(name, pa.array(cells, kind))
+            writer = writer or stack.enter_context(pq.ParquetWriter(draft, rows.schema))
+            writer.write_table(rows.cast(writer.schema))
+
+        yield append
+
+
+@contextmanager
+def _text(draft: Path, suffix: str) -> Iterator[Callable[[TextTable, Sequence[Prediction]], None]]:
+    with draft.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
+        has_header = False
+
+        def append(table: TextTable, predictions: Sequence[Prediction]) -> None:
+            nonlocal has_header
+            columns = table.columns | _answers(predictions)
+            rows = zip(*columns.values(), strict=True)
+            if suffix == ".jsonl":
                 file.writelines(
                     json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False, default=str) + "\n"
                     for row in rows
                 )
-            else:
-                writer = csv.writer(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", lineterminator="\n")
+                return
+            if not has_header:
                 writer.writerow(columns)
-                writer.writerows(rows)
-    draft.replace(path)
+                has_header = True
+            writer.writerows(rows)
+
+        yield append
 
 
 def table_lines(

@@ -29,5 +29,6 @@ class Workspace:
             self._buffers.pop(name, None)
             # Of the system and not of malloc, whose heap keeps touched pages: a quarter of the peak.
             memory = mmap.mmap(-1, max(1, size + size // 2) * dtype.itemsize)
-            buffer = self._buffers[name] = torch.frombuffer(memory, dtype=dtype)
+            with torch.inference_mode(False):  # else what an evaluation takes first, training may not write to
+                buffer = self._buffers[name] = torch.frombuffer(memory, dtype=dtype)
         return buffer[:size].view(shape)

@@ -1,0 +1,102 @@
+"""Texts from files and answers to files, without a model."""
+
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from trimtab import files
+from trimtab.errors import DataError
+from trimtab.files import TextTable
+from trimtab.predict import Prediction
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "_ROWS", 3)
+
+
+def parquet(name: str, rows: int, start: int = 0) -> str:
+    when = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+    table = pa.table(
+        {
+            "id": pa.array(range(start, start + rows), pa.int16()),
+            "text": pa.array([f"text {i}" for i in range(start, start + rows)], pa.string()),
+            "when": pa.array([when] * rows, pa.timestamp("ns", "UTC")),
+            "note": pa.array([None] * max(0, rows - 1) + ["last"] * min(1, rows), pa.string()),
+        }
+    )
+    pq.write_table(table, name)
+    return name
+
+
+def answer(table: TextTable) -> list[Prediction]:
+    return [Prediction(text, text[-1], 0.5, {}, truncated=False) for text in table.texts]
+
+
+def label(tables: Iterator[TextTable], out: str) -> int:
+    parts = 0
+    with files.writing(out) as append:
+        for table in tables:
+            append(table, answer(table))
+            parts += 1
+    return parts
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 10])
+def test_parquet_goes_through_in_parts_and_keeps_rows_order_and_types(rows: int) -> None:
+    parts = label(files.read([parquet("in.parquet", rows), parquet("in2.parquet", 4, rows)], "auto"), "out.parquet")
+    assert parts == max(1, -(-rows // 3)) + 2
+    before = pa.concat_tables([pq.read_table("in.parquet"), pq.read_table("in2.parquet")])
+    after = pq.read_table("out.parquet")
+    assert after.select(before.column_names).equals(before)
+    assert after["predicted_label"].to_pylist() == [str(i)[-1] for i in range(rows + 4)]
+    assert after["predicted_score"].to_pylist() == [0.5] * (rows + 4)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_parts_make_one_text_file(ending: str) -> None:
+    label(files.read([parquet("in.parquet", 7)], "auto"), f"out.{ending}")
+    (table,) = files.read([f"out.{ending}"], "text")
+    assert table.texts == [f"text {i}" for i in range(7)]
+    assert [str(i) for i in table.columns["id"]] == [str(i) for i in range(7)]
+    assert table.columns["predicted_label"] == [str(i) for i in range(7)]
+
+
+def test_answers_given_again_take_the_place_of_the_old() -> None:
+    label(files.read([parquet("in.parquet", 4)], "auto"), "once.parquet")
+    label(files.read(["once.parquet"], "text"), "twice.parquet")
+    assert pq.read_table("twice.parquet").equals(pq.read_table("once.parquet"))
+
+
+def test_a_bad_row_in_the_last_part_is_found_before_the_first_is_given() -> None:
+    pq.write_table(pa.table({"text": ["a", "b", "c", "d", None]}), "in.parquet")
+    with pytest.raises(DataError, match=r"1 rows hold no text.*in.parquet line 5"):
+        files.read(["in.parquet"], "auto")
+
+
+def test_parquet_files_of_different_types_are_refused() -> None:
+    pq.write_table(pa.table({"text": ["a"], "id": [1]}), "a.parquet")
+    pq.write_table(pa.table({"text": ["a"], "id": ["1"]}), "b.parquet")
+    with pytest.raises(DataError, match=r"id \(int64\); text \(string\), id \(string\)"):
+        files.read(["a.parquet", "b.parquet"], "auto")
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_what_fails_in_the_middle_leaves_nothing_and_keeps_the_old_file(ending: str) -> None:
+    out = Path(f"out.{ending}")
+    out.write_text("old")
+
+    def fail() -> None:
+        with files.writing(str(out)) as append:
+            append(files.as_table(["a"]), answer(files.as_table(["a"])))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [path.name for path in Path().iterdir()] == [out.name]
+    assert out.read_text() == "old"
