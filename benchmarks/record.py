@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import rundir
-from trimtab.machine import processor
+from trimtab.machine import has_bf16, processor
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def kind() -> str:
     """The kind of processor that a figure belongs to: `bf16` where it has such instructions, else `avx2`."""
-    return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(processor().features) else "avx2"
+    return "bf16" if has_bf16(processor()) else "avx2"
 
 
 def write(name: str, found: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from transformers import (
 
 from trimtab.config import MINILM
 from trimtab.hub import find_base
-from trimtab.machine import processor
+from trimtab.machine import has_bf16, processor
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -87,7 +87,7 @@ def main() -> None:
 
     training, evaluation = rows(asked.train, 1_000), rows(asked.eval, 500)
     attention = faster_attention(folder) if asked.tuned else "sdpa"
-    has_bf16 = "avx512_bf16" in processor().features
+    has_bf16 = has_bf16(processor())
     torch.manual_seed(asked.seed)
     model = build(folder, attention, tuned=asked.tuned)
     with tempfile.TemporaryDirectory() as out:

@@ -149,6 +149,7 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "runtime.device": st.sampled_from(["auto", "cpu", "cuda", "mps"]),
     "runtime.threads": st.integers(0),
     "runtime.fast": st.sampled_from(["auto", "on", "off"]),
+    "runtime.dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
 }
 
 

@@ -195,7 +195,7 @@ def test_the_backward_with_dropout_is_that_of_autograd(
     dy = torch.randn(slow.shape, generator=torch.Generator().manual_seed(2))
     slow_gradients = torch.autograd.grad((slow * dy).sum(), [x, *block.trained()])
     with torch.no_grad():
-        scope = layer.Scope(1, batch.groups, Workspace(), Noise(5), keeps=True)
+        scope = layer.Scope(1, batch.groups, Workspace(), Noise(5), keeps=True, dtype=x.dtype)
         quick, saved = layer.forward(block, x, scope, first)
         dx, gradients = layer.backward(block, dy, saved, scope, first, needs_dx=True)
         assert dx is not None
@@ -331,8 +331,11 @@ def test_a_class_of_someone_else_runs_stock(folders: Callable[[str], Path]) -> N
 
 def test_fast_off_is_stock_and_says_so(folders: Callable[[str], Path]) -> None:
     model, _ = make_model(folders("bert"))
-    assert forward.choose(model, 0, CPU, RuntimeSettings(fast="off")).line == "stock forward (as the recipe says)"
-    assert forward.choose(model, 0, CPU, RuntimeSettings()).line == "fast forward (bert on a CPU)"
+    assert (
+        forward.choose(model, 0, CPU, RuntimeSettings(fast="off")).line
+        == "stock forward in float32 (as the recipe says)"
+    )
+    assert forward.choose(model, 0, CPU, RuntimeSettings()).line == "fast forward in float32 (bert on a CPU)"
     assert "meta" in forward.choose(model.to("meta"), 0, torch.device("meta"), RuntimeSettings()).reason
 
 
@@ -377,7 +380,7 @@ def test_a_base_saved_without_its_prefix_and_with_old_names(runs: Callable[[str]
         if name.startswith("bert.")
     }
     assert set(renamed).isdisjoint(tensors)
-    made = encoder.merged(
+    made = encoder.of_files(
         json.loads((classifier.base.folder / "config.json").read_bytes()),
         renamed | {"embeddings.position_ids": torch.arange(64)[None]},
         load_file(classifier.adapter.folder / "adapter_model.safetensors"),
@@ -404,3 +407,37 @@ def test_predicting_imports_neither_transformers_nor_peft(runs: Callable[[str], 
     answer, imported = done.stdout.splitlines()
     assert json.loads(answer)["text"] == "a film"
     assert imported == "[]"
+
+
+# -- bfloat16, slow where the processor has no instructions for it, and right everywhere -----------------------
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_bfloat16_is_close_to_float32(folders: Callable[[str], Path], kind: str) -> None:
+    outcomes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, encoded = make_model(folders(kind))
+        run = forward.fast(encoder.of_peft_model(model, dtype))
+        logits = run(encoded, ROWS, 0)
+        loss_sum(logits, torch.arange(6) % 3).backward()  # type: ignore[no-untyped-call]
+        gradients = torch.cat([p.grad.flatten() for p in trainable(model).values() if p.grad is not None])
+        outcomes.append((logits.detach(), gradients))
+        assert all(parameter.dtype == torch.float32 for parameter in trainable(model).values())
+    (exact, exact_gradient), (rounded, gradient) = outcomes
+    assert 0 < (exact - rounded).abs().max() < 0.1
+    assert torch.cosine_similarity(exact_gradient, gradient, dim=0) > 0.999
+    assert model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_files_in_bfloat16_keep_lora_beside_the_weights(
+    runs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "has_bf16", lambda chip: False)
+    with pytest.raises(RecipeError, match="no bfloat16 instructions"):
+        predict.load(runs("bert"), runtime=RuntimeSettings(dtype="bfloat16"))
+    monkeypatch.setattr(forward, "has_bf16", lambda chip: True)
+    rounded = predict.load(runs("bert"), runtime=RuntimeSettings(dtype="bfloat16"))
+    exact = predict.load(runs("bert"), runtime=RuntimeSettings(dtype="float32"))
+    assert (rounded.engine.dtype, exact.engine.dtype) == ("bfloat16", "float32")
+    encoded = exact.encode(TEXTS)
+    assert 0 < np.abs(rounded.logits(encoded) - exact.logits(encoded)).max() < 0.05

@@ -25,7 +25,7 @@ from trimtab.classification import LANGUAGES, Labels, compute_logits
 from trimtab.config import LoraSettings, RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError, some
 from trimtab.fast import encoder
-from trimtab.forward import Engine, Forward, choose, fast
+from trimtab.forward import Engine, Forward, choose, fast, fast_dtype
 from trimtab.hub import Base, find_base, find_recorded_base
 from trimtab.tokens import Tokenizer
 
@@ -54,6 +54,8 @@ class Adapter:
     head: tuple[str, ...]
     probes: tuple[tuple[str, tuple[float, ...]], ...]
     """Sentences and the logits that they had after training."""
+    computed_in: str
+    """The dtype of those logits."""
 
 
 def write(
@@ -67,10 +69,11 @@ def write(
     base: Base,
     head: list[str],
     card: str,
+    computed_in: str = "float32",
 ) -> None:
     """Writes the adapter of a trained peft model into a new folder, which appears whole or not at all.
 
-    `forward` is what computes the model's logits; it answers the probe sentences.
+    `forward` is what computes the model's logits, in the dtype `computed_in`; it answers the probe sentences.
     """
     import peft
 
@@ -112,6 +115,7 @@ def write(
                     "tokenizer_sha256": base.tokenizer_sha256,
                 },
                 "head": head,
+                "computed_in": computed_in,
                 "probes": [
                     {"text": text, "logits": row.tolist()} for text, row in zip(PROBES, probe_logits, strict=True)
                 ],
@@ -174,6 +178,7 @@ def read(folder: Path) -> Adapter:
             lora=_lora_settings(config),
             head=tuple(meta["head"]),
             probes=tuple((item["text"], tuple(item["logits"])) for item in meta["probes"]),
+            computed_in=str(meta["computed_in"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ArtefactError):
@@ -238,11 +243,12 @@ def load_engine(adapter: Adapter, base: Base, device: torch.device, settings: Ru
 
     Raises:
         ArtefactError: a tensor is missing, extra, of another shape or not finite.
-        RecipeError: `runtime.fast = on`, and it cannot be.
+        RecipeError: `runtime.fast = on`, and it cannot be; or a dtype that would be slow.
     """
+    dtype = fast_dtype(settings)
     if device.type == "cpu" and settings.fast != "off" and adapter.lora.variant != "dora":
         try:
-            classifier = encoder.merged(
+            classifier = encoder.of_files(
                 json.loads((base.folder / "config.json").read_bytes()),
                 _base_tensors(base),
                 _read_tensors(adapter.folder / "adapter_model.safetensors"),
@@ -251,8 +257,9 @@ def load_engine(adapter: Adapter, base: Base, device: torch.device, settings: Ru
                 scaling=adapter.lora.scaling,
                 head=adapter.head,
                 num_labels=len(adapter.labels),
+                dtype=dtype,
             )
-            return Engine(fast(classifier), "fast", "merged weights on a CPU")
+            return Engine(fast(classifier), "fast", "on a CPU, from files", str(dtype).removeprefix("torch."))
         except (encoder.NotSupported, OSError, ValueError):
             pass
     model = load_model(adapter, base).to(device)

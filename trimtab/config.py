@@ -148,6 +148,7 @@ class RuntimeSettings(Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, else cpu.")
     threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, else the cores we may use.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the fast forward; auto: float32.")
     fast: Literal["auto", "on", "off"] = Field("auto", description="The fast forward of the BERT family on a CPU.")
 
 

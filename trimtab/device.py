@@ -23,7 +23,7 @@ class Placement:
     @property
     def line(self) -> str:
         """One line for people."""
-        return f"{self.device.type} ({self.device_reason}), float32, {self.threads} threads ({self.threads_reason})"
+        return f"{self.device.type} ({self.device_reason}), {self.threads} threads ({self.threads_reason})"
 
 
 def place(settings: RuntimeSettings) -> Placement:

@@ -17,7 +17,7 @@ from trimtab.predict import load
 from trimtab.rundir import RunDir, locate
 
 _CHECKED_ROWS = 64
-_TOLERANCE = 1e-4  # float32, the same order of operations: in practice the difference is 0
+_TOLERANCE = {True: 1e-4, False: 0.1}  # of logits in float32, in practice 1e-6; and with bfloat16 on either side
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Verification:
     rows: int
     largest_difference: float
     same_labels: bool
+    """Of the rows whose two best logits are further apart than twice the tolerance."""
+    tolerance: float
 
     @property
     def ok(self) -> bool:
-        """Same labels, and logits within 1e-4."""
-        return self.same_labels and self.largest_difference <= _TOLERANCE
+        """Same labels, and logits within the tolerance."""
+        return self.same_labels and self.largest_difference <= self.tolerance
 
 
 def evaluate(
@@ -110,8 +112,12 @@ def verify(path: str | Path, *, base: str | None = None) -> Verification:
         stored = np.concatenate([stored, np.array(table.column("logits").to_pylist(), np.float32)])
         again.append(classifier.logits(classifier.encode(table.column("text").to_pylist())))
     computed = np.concatenate(again)
+    tolerance = _TOLERANCE[classifier.adapter.computed_in == classifier.engine.dtype == "float32"]
+    best = np.sort(stored, axis=1)
+    clear = best[:, -1] - best[:, -2] > 2 * tolerance
     return Verification(
         len(stored),
         float(np.abs(stored - computed).max()),
-        bool((stored.argmax(axis=1) == computed.argmax(axis=1)).all()),
+        bool((stored.argmax(axis=1) == computed.argmax(axis=1))[clear].all()),
+        tolerance,
     )

@@ -33,6 +33,11 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
     return Processor(told.get("model name") or platform.processor() or platform.machine(), tuple(features))
 
 
+def has_bf16(chip: Processor) -> bool:
+    """Whether it multiplies bfloat16 in hardware."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(chip.features))
+
+
 def cgroup(root: Path = Path("/sys/fs/cgroup")) -> tuple[float, int]:
     """What a container grants: (cores, bytes of memory); 0 where there is no limit. cgroup v2, else v1."""
     cores, memory = 0.0, 0

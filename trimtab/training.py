@@ -198,6 +198,7 @@ def _run(
             base=job.base,
             head=head,
             card=card,
+            computed_in=engine.dtype,
         )
     verification = _verify_in_fresh_process(run)
     plan_padding = batching.padding_pct(job.train.encoded.lengths, _plan(job, 0))
@@ -521,7 +522,7 @@ def _describe(run: RunDir, job: Job, engine: Engine) -> None:
             "device_reason": job.placement.device_reason,
             "threads": job.placement.threads,
             "threads_reason": job.placement.threads_reason,
-            "dtype": "float32",
+            "dtype": engine.dtype,
             "forward": engine.name,
             "forward_reason": engine.reason,
             "sha256": job.recipe.sha256,

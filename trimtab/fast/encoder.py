@@ -228,7 +228,7 @@ class _Encoder(torch.autograd.Function):
         gradients: list[Tensor] = []
         for number in range(len(encoder.layers) - 1, lowest - 1, -1):
             assert dy is not None
-            scope = Scope(number, batch.groups, encoder.workspace, ctx.noise, keeps=True)
+            scope = Scope(number, batch.groups, encoder.workspace, ctx.noise, keeps=True, dtype=dy.dtype)
             dy, found = backward(
                 encoder.layers[number],
                 dy,
@@ -247,7 +247,7 @@ def _forward(encoder: Encoder, batch: Packed, noise: Noise | None, *, keeps: boo
     x = _embed(encoder.embeddings, batch, noise, encoder.workspace)
     saved = []
     for number, layer in enumerate(encoder.layers):
-        scope = Scope(number, batch.groups, encoder.workspace, noise, keeps)
+        scope = Scope(number, batch.groups, encoder.workspace, noise, keeps, x.dtype)
         x, kept = forward(layer, x, scope, batch.first if number == len(encoder.layers) - 1 else None)
         saved.append(kept)
     return x, saved
@@ -282,7 +282,7 @@ def _head(head: Head, x: Tensor, *, training: bool) -> Tensor:
         return dropout(t, head.dropout, training)
 
     def dense(t: Tensor) -> Tensor:
-        return linear(t, head.dense.weight, head.dense.bias)
+        return linear(t, head.dense.weight.float(), head.dense.bias.float())  # a head that came with the base
 
     if head.kind == "bert":
         x = drop(torch.tanh(dense(x)))
@@ -429,13 +429,27 @@ class _Taken:
 # -- over a peft model, and over files -------------------------------------------------------------------------
 
 
-def of_peft_model(model: Any) -> Encoder:
+def of_peft_model(model: Any, dtype: torch.dtype = torch.float32) -> Encoder:
     """An encoder over the parameters of a peft model around a transformers classifier; nothing is copied.
+
+    Args:
+        model: The peft model.
+        dtype: Of the frozen weights, which are converted where they stand; what is trained stays float32.
 
     Raises:
         NotSupported: it is not one of the family, or its LoRA is of a variant that is not computed here.
     """
     inner = model.get_base_model()
+    built = _of_module(inner)
+    if dtype != torch.float32:
+        for name, parameter in inner.named_parameters():
+            if not parameter.requires_grad and ".original_module." not in name:
+                parameter.data = parameter.data.to(dtype)
+        built = _of_module(inner)  # the row of the token types is a view of what was there before
+    return built
+
+
+def _of_module(inner: Any) -> Encoder:
     if not type(inner).__module__.startswith("transformers.models."):
         raise NotSupported(f"{type(inner).__name__} is no class of transformers")
     tensors: dict[str, Tensor] = {}
@@ -458,7 +472,7 @@ def of_peft_model(model: Any) -> Encoder:
     return build(inner.config.to_dict(), tensors, loras, int(inner.config.num_labels))
 
 
-def merged(
+def of_files(
     config: Mapping[str, Any],
     base: Mapping[str, Tensor],
     adapter: Mapping[str, Tensor],
@@ -468,8 +482,12 @@ def merged(
     scaling: float,
     head: Sequence[str],
     num_labels: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Encoder:
-    """An encoder over the tensors of two files, LoRA added into the weights: W + scaling * B A.
+    """An encoder over the tensors of two files, for answers.
+
+    In float32 LoRA is added into the weights, W + scaling * B A. In bfloat16, whose 8 bits would round most of so
+    small a sum away, it stays beside them.
 
     Args:
         config: The base's config.json.
@@ -480,6 +498,7 @@ def merged(
         scaling: lora_alpha / r, or what the variant makes of it.
         head: The modules that were trained in full; the adapter must hold them, and no other.
         num_labels: Classes.
+        dtype: Of the base's weights.
 
     Raises:
         NotSupported: it is not one of the family, or the files do not fit each other to the last tensor.
@@ -495,7 +514,7 @@ def merged(
             name = layout.prefix + name
         inside = name.startswith((layout.prefix + layout.blocks, layout.prefix + "embeddings"))
         if (inside or name.rpartition(".")[0] in layout.head) and not name.endswith("_ids"):
-            tensors[name] = tensor.float()
+            tensors[name] = tensor.float() if name.rpartition(".")[0] in layout.head else tensor.to(dtype)
     own = {name.removeprefix("base_model.model."): tensor for name, tensor in adapter.items()}
     if not all(bool(torch.isfinite(tensor).all()) for tensor in own.values()):
         raise NotSupported("its adapter is not finite")
@@ -506,13 +525,17 @@ def merged(
         for module in [name.removesuffix(".weight")]
         if any(module == target or module.endswith("." + target) for target in targets)
     }
+    loras: dict[str, Lora] = {}
     for module in sorted(wanted):
         a, b = own.pop(module + ".lora_A.weight", None), own.pop(module + ".lora_B.weight", None)
         weight = tensors[module + ".weight"]
         if a is None or b is None or (*b.shape, *a.shape) != (len(weight), rank, rank, weight.shape[1]):
             raise NotSupported(f"its adapter does not fit {module}")
-        tensors[module + ".weight"] = torch.addmm(weight, b.float(), a.float(), alpha=scaling)
+        if dtype == torch.float32:
+            tensors[module + ".weight"] = torch.addmm(weight, b.float(), a.float(), alpha=scaling)
+        else:
+            loras[module] = Lora(a.float(), b.float(), scaling, 0.0)
     homes = {name: [module for module in head if name.startswith(module + ".")] for name in own}
     if {module for found in homes.values() for module in found} != set(head) or not all(homes.values()):
         raise NotSupported("its adapter does not hold just the head that it names")
-    return build(config, tensors | {name: tensor.float() for name, tensor in own.items()}, {}, num_labels)
+    return build(config, tensors | {name: tensor.float() for name, tensor in own.items()}, loras, num_labels)

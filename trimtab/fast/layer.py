@@ -108,16 +108,18 @@ class Scope:
     """None: no dropout."""
     keeps: bool
     """Whether a backward will follow; without one, all layers share their memory."""
+    dtype: torch.dtype
+    """Of states and frozen weights; adapters stay float32."""
     drawn: bool = False
     """Whether the masks have been drawn already: the backward reads those of the forward."""
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Memory that lives until the backward of this layer."""
-        return self.workspace.take(name, self.number if self.keeps else self.number % 2, shape=shape)
+        return self.workspace.take(name, self.number if self.keeps else self.number % 2, shape=shape, dtype=self.dtype)
 
     def scratch(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Memory that lives until the next layer runs."""
-        return self.workspace.take(name, shape=shape)
+        return self.workspace.take(name, shape=shape, dtype=self.dtype)
 
     def mask(self, site: int, rate: float, shape: tuple[int, ...]) -> Tensor | None:
         """The mask of a site, uint8[shape]; None where nothing is dropped."""

@@ -21,7 +21,7 @@ class Workspace:
         """How many batches have begun here; a backward checks that no other has overwritten its own."""
         self.lock = threading.Lock()
 
-    def take(self, *name: object, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    def take(self, *name: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor. Half as much again is reserved: pages that are never touched cost nothing."""
         size = math.prod(shape)
         buffer = self._buffers.get(name)
