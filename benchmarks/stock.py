@@ -87,12 +87,12 @@ def main() -> None:
 
     training, evaluation = rows(asked.train, 1_000), rows(asked.eval, 500)
     attention = faster_attention(folder) if asked.tuned else "sdpa"
-    has_bf16 = has_bf16(processor())
+    in_bf16 = has_bf16(processor())
     torch.manual_seed(asked.seed)
     model = build(folder, attention, tuned=asked.tuned)
     with tempfile.TemporaryDirectory() as out:
         tuned: dict[str, Any] = (
-            {"train_sampling_strategy": "group_by_length", "per_device_eval_batch_size": 32, "bf16": has_bf16}
+            {"train_sampling_strategy": "group_by_length", "per_device_eval_batch_size": 32, "bf16": in_bf16}
             if asked.tuned
             else {}
         )
@@ -130,7 +130,7 @@ def main() -> None:
                 "accuracy": scores["eval_accuracy"],
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "attention": attention,
-                "bf16": asked.tuned and has_bf16,
+                "bf16": asked.tuned and in_bf16,
                 "threads": torch.get_num_threads(),
             }
         )

@@ -161,3 +161,9 @@ def test_no_row_has_no_logits() -> None:
         ).size
         == 0
     )
+
+
+def test_a_label_that_was_not_named_keeps_its_slash() -> None:
+    labels = make_labels(["sci/tech", "sports"], {"sports": "体育/sport"})
+    assert [labels.name(0, language) for language in ("", "zh", "en")] == ["sci/tech"] * 3
+    assert labels.name(1, "en") == "sport"

@@ -319,3 +319,10 @@ def test_demo_on_the_real_model_and_the_real_reviews(tmp_path: Path) -> None:
     assert pq.read_metadata("runs/demo-data/imdb-eval.parquet").num_rows == 5_000
     for word in ("73,728 (0.32 %)", "负面/negative", "praise", "off-topic", "try next"):
         assert word in done.out
+
+
+def test_commands_that_use_an_adapter_take_runtime_settings_and_no_other(call, run: Path) -> None:
+    assert call("predict", run, "a film", "--set", "runtime.fast=off").code == 0
+    refused = call("predict", run, "a film", "--set", "lora.r=4", "--json")
+    assert refused.code == 2
+    assert json.loads(refused.out)["error"]["code"] == "usage"

@@ -1,6 +1,8 @@
 """The fast forward against its slow twins: transformers and peft, and plain autograd with the same masks."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,17 +15,19 @@ import numpy as np
 import pytest
 import torch
 from bases import write_base
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from trimtab import config, forward, predict, tokens, training
+from trimtab import config, evaluation, forward, predict, tokens, training
 from trimtab.classification import loss_sum
-from trimtab.config import LoraSettings, RuntimeSettings
+from trimtab.config import MINILM, LoraSettings, RuntimeSettings
 from trimtab.errors import RecipeError
 from trimtab.fast import encoder, layer
 from trimtab.fast.dropout import Noise, keep_scale
 from trimtab.fast.encoder import LAYOUTS, NotSupported
 from trimtab.fast.layer import Group, Layer
 from trimtab.fast.workspace import Workspace
+from trimtab.hub import find_base
+from trimtab.machine import has_bf16, processor
 from trimtab.model import head_modules, inject, load_base, load_config, resolve_targets, trainable
 from trimtab.tokens import Encoded
 
@@ -61,6 +65,7 @@ def make_model(
     base = load_base(folder, base_config)
     head = head_modules(base.model, base.new_parameters)
     settings = LoraSettings(**lora)
+    head += [name for name in settings.also_saved if name not in head]
     model = inject(base.model, settings, resolve_targets(base.model, targets, head), head, "base")
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
@@ -276,6 +281,25 @@ def test_dropout_differs_from_batch_to_batch_and_is_off_for_evaluation(folders: 
         assert (run(encoded, ROWS) - forward.stock(model, 0)(encoded, ROWS)).abs().max() < 1e-5
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_has_memory_of_its_own(folders: Callable[[str], Path]) -> None:
+    model, encoded = make_model(folders("bert"))
+    run = forward.fast(encoder.of_peft_model(model))
+
+    def passes(rows: list[int], times: int) -> bool:
+        with torch.inference_mode():
+            alone = run(encoded, np.array(rows))
+            return all(torch.equal(run(encoded, np.array(rows)), alone) for _ in range(times))
+
+    passes([0, 1, 2], 1)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if passes([2, 4, 5], 400) else 1)
+    same = passes([0, 1, 3], 400)
+    assert (same, os.waitpid(child, 0)[1]) == (True, 0)
+
+
 # -- what only looks like one of the family --------------------------------------------------------------------
 
 
@@ -319,6 +343,26 @@ def test_another_structure_runs_stock(folders: Callable[[str], Path]) -> None:
     assert forward.choose(model, 0, CPU, RuntimeSettings()).name == "fast"
     block.attention.self.key.base_layer.weight = torch.nn.Parameter(torch.zeros(16, 32))
     assert "key.weight has shape (16, 32)" in reason()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"lora_dropout": 0.999}, "a dropout of 0.999"),
+        ({"lora_dropout": 0.001}, "a dropout of 0.001"),
+        ({"modules_to_save": ("bert.embeddings.LayerNorm",)}, "bert.embeddings.LayerNorm.weight is trained in full"),
+    ],
+)
+def test_settings_that_are_not_computed_run_stock(
+    folders: Callable[[str], Path], settings: dict[str, Any], reason: str
+) -> None:
+    model, _ = make_model(folders("bert"), **settings)
+    assert reason in forward.choose(model, 0, CPU, RuntimeSettings()).reason
+
+
+def test_lora_beside_a_head_that_came_with_the_base_runs_stock() -> None:
+    model, _ = make_model(find_base(MINILM).folder, ("dense",))
+    assert "LoRA stands beside bert.pooler.dense" in forward.choose(model, 0, CPU, RuntimeSettings()).reason
 
 
 def test_a_class_of_someone_else_runs_stock(folders: Callable[[str], Path]) -> None:
@@ -393,6 +437,35 @@ def test_a_base_saved_without_its_prefix_and_with_old_names(runs: Callable[[str]
     encoded = classifier.encode(TEXTS)
     with torch.no_grad():
         assert torch.equal(forward.fast(made)(encoded, ROWS), classifier.engine.forward(encoded, ROWS))
+
+
+def test_another_safetensors_beside_the_weights_is_not_read(runs: Callable[[str], Path], tmp_path: Path) -> None:
+    classifier = predict.load(runs("bert"))
+    base = Path(shutil.copytree(classifier.base.folder, tmp_path / "base"))
+    save_file({n: t * 2 for n, t in load_file(base / "model.safetensors").items()}, base / "old.safetensors")
+    other = predict.load(runs("bert"), base=str(base))
+    encoded = classifier.encode(TEXTS)
+    assert np.array_equal(other.logits(encoded), classifier.logits(encoded))
+
+
+def test_threads_that_predict_long_texts_at_once(runs: Callable[[str], Path]) -> None:
+    classifier = predict.load(runs("bert"))
+    texts = ["the plot is good " * 120, "boring"]
+    alone = classifier.predict(texts)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == alone for found in pool.map(classifier.predict, [texts] * 40))
+
+
+def test_a_run_is_verified_with_its_own_runtime(runs: Callable[[str], Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs("bert"), tmp_path / "run"))
+    recipe = (run / "recipe.toml").read_text("utf-8")
+    (run / "recipe.toml").write_text(recipe.replace('fast = "auto"', 'fast = "off"'), "utf-8")
+    assert 'fast = "off"' in (run / "recipe.toml").read_text("utf-8")
+    assert evaluation.verify(run).ok
+    (run / "recipe.toml").write_text(recipe.replace('dtype = "auto"', 'dtype = "bfloat16"'), "utf-8")
+    if not has_bf16(processor()):
+        with pytest.raises(RecipeError, match="no bfloat16 instructions"):
+            evaluation.verify(run)
 
 
 def test_predicting_imports_neither_transformers_nor_peft(runs: Callable[[str], Path]) -> None:

@@ -100,3 +100,25 @@ def test_what_fails_in_the_middle_leaves_nothing_and_keeps_the_old_file(ending: 
         fail()
     assert [path.name for path in Path().iterdir()] == [out.name]
     assert out.read_text() == "old"
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_carriage_return_within_a_text_ends_no_row(ending: str) -> None:
+    texts = ["one\rtwo", "three", "four\r\nfive"]
+    with files.writing(f"out.{ending}") as append:
+        append(files.as_table(texts), answer(files.as_table(texts)))
+    (table,) = files.read([f"out.{ending}"], "text")
+    assert table.texts == texts
+
+
+def test_a_column_of_several_kinds_is_no_parquet() -> None:
+    table = TextTable({"text": ["a", "b"], "id": [1, "x"]}, "text")
+    with pytest.raises(DataError, match="no one type"), files.writing("out.parquet") as append:
+        append(table, answer(table))
+    assert list(Path().iterdir()) == []
+
+
+def test_lines_that_are_all_broken_are_named() -> None:
+    Path("in.jsonl").write_text("{text\n{text\n")
+    with pytest.raises(DataError, match=r"2 rows hold no text.*in.jsonl line 1 \(not JSON\)"):
+        files.read(["in.jsonl"], "auto")

@@ -26,7 +26,7 @@ from trimtab.config import LoraSettings, RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError, some
 from trimtab.fast import encoder
 from trimtab.forward import Engine, Forward, choose, fast, fast_dtype
-from trimtab.hub import Base, find_base, find_recorded_base
+from trimtab.hub import Base, find_base, find_recorded_base, weight_files
 from trimtab.tokens import Tokenizer
 
 SCHEMA_VERSION = 1
@@ -178,7 +178,7 @@ def read(folder: Path) -> Adapter:
             lora=_lora_settings(config),
             head=tuple(meta["head"]),
             probes=tuple((item["text"], tuple(item["logits"])) for item in meta["probes"]),
-            computed_in=str(meta["computed_in"]),
+            computed_in=str(meta.get("computed_in", "float32")),
         )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ArtefactError):
@@ -245,8 +245,8 @@ def load_engine(adapter: Adapter, base: Base, device: torch.device, settings: Ru
         ArtefactError: a tensor is missing, extra, of another shape or not finite.
         RecipeError: `runtime.fast = on`, and it cannot be; or a dtype that would be slow.
     """
-    dtype = fast_dtype(settings)
     if device.type == "cpu" and settings.fast != "off" and adapter.lora.variant != "dora":
+        dtype = fast_dtype(settings)
         try:
             classifier = encoder.of_files(
                 json.loads((base.folder / "config.json").read_bytes()),
@@ -260,7 +260,7 @@ def load_engine(adapter: Adapter, base: Base, device: torch.device, settings: Ru
                 dtype=dtype,
             )
             return Engine(fast(classifier), "fast", "on a CPU, from files", str(dtype).removeprefix("torch."))
-        except (encoder.NotSupported, OSError, ValueError):
+        except (OSError, ValueError):  # NotSupported too; what is wrong is said, or mended, on the long way
             pass
     model = load_model(adapter, base).to(device)
     return choose(model, adapter.tokenizer.pad_id, device, settings)
@@ -268,7 +268,7 @@ def load_engine(adapter: Adapter, base: Base, device: torch.device, settings: Ru
 
 def _base_tensors(base: Base) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(base.folder.glob("*.safetensors")):
+    for file in weight_files(base.folder):
         tensors |= load_file(file)
     return tensors
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab import config, console, training
-from trimtab.evaluation import evaluate
+from trimtab import config, console, evaluation, training
+from trimtab.config import RuntimeSettings
 from trimtab.predict import load
 from trimtab.training import Observer, Run
 
@@ -62,6 +62,45 @@ def train(
     layered = layered.override(settings or {}, "settings")
     with console.progress() as printed:
         return training.train(layered, out=None if out is None else str(out), observe=observe or printed)
+
+
+def evaluate(
+    path: str | Path,
+    data: Files,
+    *,
+    base: str | Path | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    skip_bad: bool = False,
+    runtime: RuntimeSettings | None = None,
+) -> dict[str, Any]:
+    """Scores a run or an adapter on labelled files.
+
+    Args:
+        path: A run directory or an adapter folder.
+        data: Labelled files, as `train` takes them.
+        base: Where its base is, if not where it was.
+        text: Name of the text column; None: found by its name.
+        label: Name of the label column; None: found by its name.
+        skip_bad: Set rows that cannot be used aside and count them, instead of raising.
+        runtime: Device and threads; the defaults choose.
+
+    Returns:
+        eval_rows, accuracy, accuracy_ci95, macro_f1, per_class, loss, majority_accuracy, rows_cut, rows_skipped,
+        rows_per_s, total_seconds, peak_rss_bytes.
+
+    Raises:
+        TrimtabError: one of its kinds, with what was found, where, and the mend.
+    """
+    return evaluation.evaluate(
+        path,
+        files(data) or (),
+        base=None if base is None else str(base),
+        text=text or "auto",
+        label=label or "auto",
+        skip_bad=skip_bad,
+        runtime=runtime,
+    )
 
 
 def files(given: Files | None) -> tuple[str, ...] | None:

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from trimtab.errors import ArtefactError
+from trimtab.errors import ArtefactError, ResourceError
 
 _KEPT = 2  # newest checkpoints that stay, beside the best one
+
+
+_MEND = "take the newest whole one: trimtab train --resume RUN"
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Checkpoint:
 
 
 def write(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
-    """Writes `folder/step-<step>` atomically and returns it; one that is there already is replaced."""
+    """Writes `folder/step-<step>` atomically and returns it; one that is there already is replaced.
+
+    Raises:
+        ResourceError: the disk is full, or the folder may not be written to.
+    """
     final = folder / f"step-{step:06d}"
     draft = folder / f".tmp-{step:06d}-{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     contents = {
         "tensors.safetensors": save({name: tensor.detach().contiguous() for name, tensor in sorted(tensors.items())}),
         "state.json": (json.dumps(state, indent=1) + "\n").encode(),
@@ -44,16 +49,27 @@ def write(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: M
     contents["manifest.json"] = (
         json.dumps({"schema_version": 1, "step": step, "sha256": sums}, indent=1) + "\n"
     ).encode()
-    for name, data in contents.items():
-        with (draft / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    _sync_folder(draft)
-    if final.exists():
-        shutil.rmtree(final)
-    draft.rename(final)
-    _sync_folder(folder)
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        for name, data in contents.items():
+            with (draft / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync_folder(draft)
+        if final.exists():
+            shutil.rmtree(final)
+        draft.rename(final)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise ResourceError(
+            "checkpoint.write",
+            f"The checkpoint of step {step:,} cannot be written: {error.strerror}. Older ones stand as they were.",
+            where=str(final),
+            mend=f"make room, then: trimtab train --resume {folder.parent}",
+        ) from None
     return final
 
 
@@ -68,12 +84,15 @@ def read(path: Path) -> Checkpoint:
         contents = {name: (path / name).read_bytes() for name in manifest["sha256"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(
-            "checkpoint.incomplete", f"This checkpoint is not whole: {error}", where=str(path)
+            "checkpoint.incomplete", f"This checkpoint is not whole: {error}", where=str(path), mend=_MEND
         ) from None
     for name, data in contents.items():
         if hashlib.sha256(data).hexdigest() != manifest["sha256"][name]:
             raise ArtefactError(
-                "checkpoint.damaged", f"{name} is not what was written: its sha256 differs.", where=str(path)
+                "checkpoint.damaged",
+                f"{name} is not what was written: its sha256 differs.",
+                where=str(path),
+                mend=_MEND,
             )
     return Checkpoint(path, load(contents["tensors.safetensors"]), json.loads(contents["state.json"]))
 
@@ -81,7 +100,7 @@ def read(path: Path) -> Checkpoint:
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were passed over; damaged ones are set aside."""
     skipped: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(_by_step(folder)):
         try:
             return read(path), skipped
         except ArtefactError as error:
@@ -92,9 +111,14 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def prune(folder: Path, best_step: int) -> None:
     """Deletes all but the newest two checkpoints and the best one."""
-    for path in sorted(folder.glob("step-*"))[:-_KEPT]:
+    for path in _by_step(folder)[:-_KEPT]:
         if path.name != f"step-{best_step:06d}":
             shutil.rmtree(path)
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """Oldest first. By number: from a million on, names no longer sort so."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -35,7 +35,7 @@ class Labels:
 
     def name(self, i: int, language: str = "") -> str:
         """The display name of label i: in one language, or `zh/en` as given where `language` is empty."""
-        if not self.names:
+        if not self.names or self.names[i] == self.values[i]:  # not named: a label may hold a slash of its own
             return self.values[i]
         parts = self.names[i].split("/")
         return parts[LANGUAGES.index(language)] if language and len(parts) == len(LANGUAGES) else self.names[i]

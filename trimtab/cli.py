@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import RecipeError, TrimtabError
 
 if TYPE_CHECKING:
+    from trimtab.config import RuntimeSettings
     from trimtab.training import Observer
 
 app = typer.Typer(
@@ -37,6 +38,10 @@ BadRows = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the recipe, as in lora.r=16; again for more."),
+]
+Runtime = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="runtime.KEY=VALUE", help="Device, threads, dtype, fast: runtime.threads=1."),
 ]
 
 
@@ -95,7 +100,11 @@ def train(
     }
     given = {key: value for key, value in flags.items() if value}
     if resume and (given or settings or out or dry_run or recipe != "default"):
-        _usage("--resume goes on as the run's own recipe.toml says; it takes no file, setting or flag but --json.")
+        raise RecipeError(
+            "usage",
+            "--resume goes on as the run's own recipe.toml says; it takes no file, setting or flag but --json.",
+            mend=f"trimtab train --resume {resume}",
+        )
     layered = config.assemble(recipe, given, settings or [])
     if dry_run:
         from trimtab.resolve import resolve
@@ -142,6 +151,7 @@ def predict(
     ] = None,
     lang: Annotated[str, typer.Option(metavar="zh|en", help="Language of the label names.")] = "",
     base: BaseOption = None,
+    settings: Runtime = None,
     as_json: Json = False,
 ) -> None:
     """Label texts with an adapter."""
@@ -149,9 +159,9 @@ def predict(
     from trimtab.predict import load
 
     if lang not in ("", "zh", "en"):
-        _usage(f'--lang is zh or en, not "{lang}".')
+        raise RecipeError("usage", f'--lang is zh or en, not "{lang}".', mend="--lang zh")
     if bool(texts) + bool(file) > 1:
-        _usage("Give texts or --file, not both.")
+        raise RecipeError("usage", "Texts and --file were given, where one is expected.", mend="leave one of them out")
     tables = (
         answer_files.read(file, text or "auto")
         if file
@@ -159,7 +169,7 @@ def predict(
     )
     if out:
         answer_files.check_writable(out)
-    classifier = load(path, base=base)
+    classifier = load(path, base=base, runtime=_runtime(settings))
     if out:
         rows = 0
         with answer_files.writing(out) as append:
@@ -187,15 +197,22 @@ def evaluate(
     label: Label = None,
     base: BaseOption = None,
     bad_rows: BadRows = None,
+    settings: Runtime = None,
     as_json: Json = False,
 ) -> None:
     """Score an adapter on labelled files."""
     from trimtab import evaluation, report
 
     if bad_rows not in (None, "error", "skip"):
-        _usage(f'--bad-rows is error or skip, not "{bad_rows}".')
+        raise RecipeError("usage", f'--bad-rows is error or skip, not "{bad_rows}".', mend="--bad-rows skip")
     scores = evaluation.evaluate(
-        path, files, base=base, text=text or "auto", label=label or "auto", skip_bad=bad_rows == "skip"
+        path,
+        files,
+        base=base,
+        text=text or "auto",
+        label=label or "auto",
+        skip_bad=bad_rows == "skip",
+        runtime=_runtime(settings),
     )
     if as_json:
         _json(scores)
@@ -345,9 +362,18 @@ def _both(first: "Observer", second: "Observer") -> "Observer":
     return observe
 
 
-def _usage(problem: str) -> NoReturn:
-    print(f"error [usage]: {problem}", file=sys.stderr)
-    raise typer.Exit(2)
+def _runtime(settings: list[str] | None) -> "RuntimeSettings":
+    """The `runtime` settings of a command that uses an adapter; its other settings are the adapter's own."""
+    from trimtab import config
+
+    if other := [setting for setting in settings or [] if not setting.startswith("runtime.")]:
+        raise RecipeError(
+            "usage",
+            f'"{other[0]}" was settled when the adapter was trained.',
+            where="--set",
+            mend="here --set takes runtime.device, runtime.threads, runtime.dtype and runtime.fast",
+        )
+    return config.assemble(settings=settings or []).recipe.runtime
 
 
 def _stdin_lines() -> list[str]:

@@ -114,6 +114,11 @@ class LoraSettings(Section):
     variant: Literal["lora", "rslora", "dora"] = Field("lora", description="lora, rslora or dora.")
 
     @property
+    def also_saved(self) -> tuple[str, ...]:
+        """Modules to train in full besides the head."""
+        return () if self.modules_to_save == "auto" else self.modules_to_save
+
+    @property
     def scaling(self) -> float:
         """What B A is multiplied by: lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
         return self.lora_alpha / (math.sqrt(self.r) if self.variant == "rslora" else self.r)
@@ -234,7 +239,9 @@ def load_recipe(name_or_file: str) -> Layered:
         try:
             text = path.read_text("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise RecipeError("recipe.encoding", "A recipe is a UTF-8 text.", where=f"{path}: {error}") from None
+            raise RecipeError(
+                "recipe.encoding", "A recipe is a UTF-8 text.", where=f"{path}: {error}", mend="save it as UTF-8"
+            ) from None
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -249,7 +256,12 @@ def load_recipe(name_or_file: str) -> Layered:
         if section not in Recipe.model_fields:
             raise _unknown(section, origin)
         if not isinstance(table, dict):
-            raise RecipeError("recipe.key", f'"{section}" is a table, [{section}], not a value.', where=origin)
+            raise RecipeError(
+                "recipe.key",
+                f'"{section}" is a table, not a value.',
+                where=origin,
+                mend=f"[{section}] on a line of its own, and its keys below",
+            )
         values.update({f"{section}.{name}": value for name, value in table.items()})
     return Layered(Recipe()).override(values, origin)
 

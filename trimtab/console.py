@@ -1,5 +1,6 @@
 """What people see of a run: one live line on a terminal, a line now and then elsewhere. Made from events alone."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +10,6 @@ from typing import Any, TextIO
 from trimtab.report import parameter_lines, score_line
 
 _SPARSE_S = 10.0  # seconds between two step lines where there is no live line
-_WIDTH = 100
 
 
 @contextmanager
@@ -45,13 +45,13 @@ class _LiveLine:
     """One line that is written over; a carriage return and blanks are all it needs, on any terminal."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.length, self.began, self.last = stream, 0, time.monotonic(), 0.0
+        self.stream, self.length, self.last = stream, 0, 0.0
 
     def show(self, text: str) -> None:
         if time.monotonic() - self.last < 0.2:
             return
         self.last = time.monotonic()
-        line = text[:_WIDTH]
+        line = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be written over
         self.stream.write("\r" + line + " " * max(0, self.length - len(line)))
         self.stream.flush()
         self.length = len(line)

@@ -452,9 +452,11 @@ def read_table(path: Path) -> Table:
     try:
         return _read_parquet(path) if kind == "parquet" else _read_text(path, kind)
     except PermissionError:
-        raise DataError(
-            "data.permission", "This file may not be read.", where=str(path), mend=f"chmod u+r {path}"
-        ) from None
+        raise _forbidden(path) from None
+
+
+def _forbidden(path: Path) -> DataError:
+    return DataError("data.permission", "This file may not be read.", where=str(path), mend=f"chmod u+r {path}")
 
 
 def _read_parquet(path: Path) -> Table:
@@ -505,6 +507,8 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except PermissionError:
+        raise _forbidden(path) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             "data.parquet",

@@ -10,6 +10,8 @@ from trimtab.config import RuntimeSettings
 from trimtab.errors import RecipeError
 from trimtab.machine import cgroup, keep_freed_memory, usable_cores
 
+_TORCH_THREADS = torch.get_num_threads()  # read before anything sets it
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -61,4 +63,4 @@ def _threads() -> tuple[int, str]:
     if quota and quota < cores:
         return max(1, math.floor(quota)), f"the container may use {quota:g} of {cores} cores"
     # torch's own default counts physical cores, which is what matrix products want.
-    return min(cores, torch.get_num_threads()), f"{cores} cores"
+    return min(cores, _TORCH_THREADS), f"{cores} cores"

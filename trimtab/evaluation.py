@@ -1,7 +1,7 @@
 """A model against labelled rows: `trimtab eval`, the prediction file of a run, and `trimtab verify`."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from trimtab import data
 from trimtab.classification import Labels, metrics, softmax
+from trimtab.config import RuntimeSettings, load_recipe
 from trimtab.data import Example
 from trimtab.machine import peak_rss_bytes
 from trimtab.predict import load
@@ -44,7 +45,7 @@ def evaluate(
     text: str = "auto",
     label: str = "auto",
     skip_bad: bool = False,
-    after_batch: Callable[[int], None] = lambda rows: None,
+    runtime: RuntimeSettings | None = None,
 ) -> dict[str, Any]:
     """Scores a run or an adapter on labelled files.
 
@@ -56,12 +57,12 @@ def evaluate(
         DataError, ArtefactError, BaseModelError: as `load` and the reading of files do.
     """
     started = time.monotonic()
-    classifier = load(path, base=base)
+    classifier = load(path, base=base, runtime=runtime)
     rows = data.read_rows(files, text=text, label=label, skip_bad=skip_bad, known_labels=classifier.labels.values)
     index = classifier.labels.index()
     encoded = classifier.encode([row.text for row in rows.examples], [index[row.label] for row in rows.examples])
     begun = time.monotonic()
-    logits = classifier.logits(encoded, after_batch)
+    logits = classifier.logits(encoded)
     seconds = time.monotonic() - begun
     return metrics(logits, encoded.labels, classifier.labels.values) | {
         "rows_cut": int(encoded.truncated.sum()),
@@ -97,18 +98,21 @@ def write_predictions(path: Path, examples: Sequence[Example], logits: npt.NDArr
 def verify(path: str | Path, *, base: str | None = None) -> Verification:
     """Computes stored logits again: those of the probe sentences, and of a run's first 64 predictions.
 
+    A run is checked with its own `runtime` settings.
+
     Raises:
         ArtefactError, BaseModelError: as `load` does.
     """
-    classifier = load(path, base=base)
+    run = RunDir(locate(path))
+    runtime = load_recipe(str(run.recipe)).recipe.runtime if run.recipe.is_file() else None
+    classifier = load(path, base=base, runtime=runtime)
     texts = [text for text, _ in classifier.adapter.probes]
     stored = np.array([logits for _, logits in classifier.adapter.probes], np.float32)
     again = [classifier.logits(classifier.encode(texts))]
-    predictions = RunDir(locate(path)).predictions
-    if predictions.is_file():
+    if run.predictions.is_file():
         import pyarrow.parquet as pq
 
-        table = pq.read_table(predictions, columns=["text", "logits"]).slice(0, _CHECKED_ROWS)
+        table = pq.read_table(run.predictions, columns=["text", "logits"]).slice(0, _CHECKED_ROWS)
         stored = np.concatenate([stored, np.array(table.column("logits").to_pylist(), np.float32)])
         again.append(classifier.logits(classifier.encode(table.column("text").to_pylist())))
     computed = np.concatenate(again)

@@ -92,7 +92,8 @@ def _check(tables: Iterable[data.Table], text: str) -> None:
                 mend="label them one by one",
             )
         found = [f"{table.path.name} line {reject.line} ({reject.reason})" for reject in table.ragged]
-        cells = zip(table.lines, table.columns[_text_column(table, text)], strict=True)
+        texts = table.columns[_text_column(table, text)] if table.lines or not found else []
+        cells = zip(table.lines, texts, strict=True)
         found += [f"{table.path.name} line {line} (not text)" for line, cell in cells if not isinstance(cell, str)]
         if found:
             places[str(table.path)] = None
@@ -146,12 +147,25 @@ def writing(out: str) -> Iterator[Callable[[TextTable, Sequence[Prediction]], No
 
     The file appears whole at the end, or not at all where something fails.
     """
+    import pyarrow as pa
+
     path = Path(out).expanduser()
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with (_parquet if path.suffix.lower() == ".parquet" else _text)(draft, path.suffix.lower()) as append:
             yield append
         draft.replace(path)
+    except pa.ArrowException as error:
+        raise DataError(
+            "out.types",
+            f"A column of these rows has no one type, which parquet asks for: {str(error).splitlines()[0]}",
+            where=out,
+            mend="--out with an ending of .jsonl or .csv",
+        ) from None
+    except OSError as error:
+        raise ResourceError(
+            "out.write", f"The answers cannot be written: {error.strerror}.", where=out, mend="--out in another place"
+        ) from None
     finally:
         draft.unlink(missing_ok=True)
 
@@ -191,7 +205,10 @@ def _parquet(draft: Path, suffix: str) -> Iterator[Callable[[TextTable, Sequence
 @contextmanager
 def _text(draft: Path, suffix: str) -> Iterator[Callable[[TextTable, Sequence[Prediction]], None]]:
     with draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
+        delimiter = "\t" if suffix == ".tsv" else ","
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        # A carriage return alone ends a line for whoever reads it, and the writer leaves it bare.
+        quoted = csv.writer(file, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
         has_header = False
 
         def append(table: TextTable, predictions: Sequence[Prediction]) -> None:
@@ -207,7 +224,8 @@ def _text(draft: Path, suffix: str) -> Iterator[Callable[[TextTable, Sequence[Pr
             if not has_header:
                 writer.writerow(columns)
                 has_header = True
-            writer.writerows(rows)
+            for row in rows:
+                (quoted if any("\r" in str(cell) for cell in row) else writer).writerow(row)
 
         yield append
 

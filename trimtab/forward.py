@@ -65,11 +65,12 @@ def choose(model: Any, pad_id: int, device: torch.device, settings: RuntimeSetti
     Raises:
         RecipeError: `runtime.fast = on`, and it cannot be; or a dtype that would be slow.
     """
-    reason, dtype = "as the recipe says", fast_dtype(settings)
+    reason = "as the recipe says"
     if settings.fast != "off":
         try:
             if device.type != "cpu":
                 raise NotSupported(f"the device is {device.type}")
+            dtype = fast_dtype(settings)
             built = encoder.of_peft_model(model, dtype)
             return Engine(fast(built), "fast", f"{model.config.model_type} on a CPU", str(dtype).removeprefix("torch."))
         except NotSupported as found:
@@ -81,6 +82,13 @@ def choose(model: Any, pad_id: int, device: torch.device, settings: RuntimeSetti
                     where="runtime.fast",
                     mend="--set runtime.fast=auto",
                 ) from None
+    if settings.dtype == "bfloat16":
+        raise RecipeError(
+            "runtime.dtype",
+            f"Only the fast forward computes in bfloat16, and it cannot be had: {reason}.",
+            where="runtime.dtype",
+            mend="--set runtime.dtype=auto",
+        )
     return Engine(stock(model, pad_id), "stock", reason)
 
 

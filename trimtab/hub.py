@@ -147,10 +147,10 @@ def _full_id(name: str) -> str:
 
 
 def _base(name: str, folder: Path, source: str) -> Base:
-    digest = _sha256(*_weight_files(folder))
+    digest = _sha256(*weight_files(folder))
     in_cache = re.search(r"models--(.+?)--(.+?)/snapshots/", folder.as_posix())
     hub_id = "/".join(in_cache.groups()) if in_cache else MINILM if digest == MINILM_WEIGHTS else ""
-    if MINILM in (hub_id, _full_id(name)) and digest != MINILM_WEIGHTS:
+    if source != "folder" and MINILM in (hub_id, _full_id(name)) and digest != MINILM_WEIGHTS:
         raise BaseModelError(
             "base.sha256",
             f"The weights of {MINILM} are not the official ones: sha256 {digest}, expected {MINILM_WEIGHTS}.",
@@ -188,7 +188,7 @@ def _hash_once(file: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a base folder.
 
     Raises:
@@ -268,7 +268,7 @@ def _cached(hub_id: str) -> Path | None:
                 hub_id, allow_patterns=_MODEL_FILES, ignore_patterns=_OTHER_FORMATS, local_files_only=True
             )
         )
-        _weight_files(folder)
+        weight_files(folder)
     except (LocalEntryNotFoundError, HFValidationError, BaseModelError):
         return None
     return folder

@@ -1,7 +1,7 @@
 """The base model with LoRA in it: loading, the head, target modules, the parameter report.
 
 Uses transformers for the model and peft for LoRA. The head is whatever the load report says the base did not
-bring; it is trained in full and saved. Nothing here guesses a head by its name.
+bring; it is trained in full and saved.
 """
 
 import logging

@@ -40,6 +40,18 @@ class Tokenizer:
         backend.no_truncation()
         return backend
 
+    def cutting_at(self, max_length: int) -> tokenizers.Tokenizer:
+        """The same, cutting texts; one object for each length, so that threads cannot switch it for one another."""
+        if max_length not in self._cutting:
+            backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+            backend.enable_truncation(max_length)
+            self._cutting[max_length] = backend
+        return self._cutting[max_length]
+
+    @cached_property
+    def _cutting(self) -> dict[int, tokenizers.Tokenizer]:
+        return {}
+
     @property
     def sha256(self) -> str:
         """Of the text of tokenizer.json."""
@@ -74,16 +86,14 @@ class Encoded:
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, labels: Sequence[int] | None = None) -> Encoded:
     """Encodes texts with the base's special tokens, each cut at `max_length` tokens on its right."""
-    backend = tokenizer.backend
+    backend = tokenizer.cutting_at(max_length)
     special = backend.num_special_tokens_to_add(is_pair=False)
-    backend.enable_truncation(max_length)
     pieces: list[npt.NDArray[np.int32]] = []
     full: list[int] = []
     for start in range(0, len(texts), _CHUNK):
         for encoding in backend.encode_batch_fast(list(texts[start : start + _CHUNK])):
             pieces.append(np.array(encoding.ids, np.int32))
             full.append(len(encoding.ids) + sum(len(rest.ids) - special for rest in encoding.overflowing))
-    backend.no_truncation()
     lengths = np.array([len(piece) for piece in pieces], np.int64)
     return Encoded(
         ids=np.concatenate(pieces) if pieces else np.zeros(0, np.int32),

@@ -113,7 +113,9 @@ def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
             mend="trimtab train FILE",
         )
     if run.metrics.is_file():
-        return Run(run.path, json.loads(run.metrics.read_text("utf-8")))
+        metrics = json.loads(run.metrics.read_text("utf-8"))
+        observe({"event": "end", "run": str(run.path), "metrics": metrics})
+        return Run(run.path, metrics)
     job = resolve(config.load_recipe(str(run.recipe)))
     model, head, parameters = build(job)
     engine = choose(model, job.tokenizer.pad_id, job.placement.device, job.recipe.runtime)
@@ -125,8 +127,7 @@ def build(job: Job) -> tuple[Any, list[str], dict[str, Any]]:
     recipe = job.recipe
     torch.manual_seed(recipe.train.seed)
     loaded = load_base(job.base.folder, job.model_config)
-    also = () if recipe.lora.modules_to_save == "auto" else recipe.lora.modules_to_save
-    head = head_modules(loaded.model, loaded.new_parameters, also)
+    head = head_modules(loaded.model, loaded.new_parameters, recipe.lora.also_saved)
     targets = recipe.lora.target_modules
     parameters = count(loaded.model, recipe.lora, targets, head).as_dict()
     model = inject(loaded.model, recipe.lora, targets, head, job.base.recorded_as)
@@ -142,7 +143,7 @@ def count_parameters(layered: Layered, num_labels: int) -> dict[str, Any]:
     recipe = layered.recipe
     base = find_base(recipe.base.model)
     loaded = load_base(base.folder, load_config(base.folder, num_labels=num_labels, dropout="config", pad_id=0))
-    head = head_modules(loaded.model, loaded.new_parameters)
+    head = head_modules(loaded.model, loaded.new_parameters, recipe.lora.also_saved)
     return count(
         loaded.model, recipe.lora, resolve_targets(loaded.model, recipe.lora.target_modules, head), head
     ).as_dict()
@@ -201,7 +202,8 @@ def _run(
             computed_in=engine.dtype,
         )
     verification = _verify_in_fresh_process(run)
-    plan_padding = batching.padding_pct(job.train.encoded.lengths, _plan(job, 0))
+    # The fast forward computes no padding.
+    padding = 0.0 if engine.name == "fast" else batching.padding_pct(job.train.encoded.lengths, _plan(job, 0))
     result = scores | {
         "scored_on": "test" if job.test else "eval",
         "epoch": int(chosen["epoch"]),
@@ -211,7 +213,7 @@ def _run(
         "adapter_bytes": sum(file.stat().st_size for file in run.adapter.glob("adapter_*")),
         "largest_difference_after_reload": verification["largest_difference"],
         "tokens_per_s": progress.tokens / max(progress.step_seconds, 1e-9),
-        "padding_pct": plan_padding,
+        "padding_pct": padding,
         "load_seconds": load_seconds,
         "train_seconds": progress.train_seconds,
         "verify_seconds": verification["seconds"],

@@ -34,6 +34,11 @@ class Noise:
         return mask
 
 
+def can_quantise(rate: float) -> bool:
+    """Whether a rate is 0, or neither 0 nor 1 in 256ths."""
+    return rate == 0 or 0 < _threshold(rate) < 256
+
+
 def _threshold(rate: float) -> int:
     return round(256 * rate)
 

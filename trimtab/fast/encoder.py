@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, embedding, gelu, layer_norm, linear
 
-from trimtab.fast.dropout import Noise, keep_scale
+from trimtab.fast.dropout import Noise, can_quantise, keep_scale
 from trimtab.fast.layer import Group, Layer, Linear, Lora, Norm, Saved, Scope, backward, blocks, forward, masked
 from trimtab.fast.workspace import Workspace
 
@@ -282,7 +282,7 @@ def _head(head: Head, x: Tensor, *, training: bool) -> Tensor:
         return dropout(t, head.dropout, training)
 
     def dense(t: Tensor) -> Tensor:
-        return linear(t, head.dense.weight.float(), head.dense.bias.float())  # a head that came with the base
+        return linear(t, head.dense.weight, head.dense.bias)
 
     if head.kind == "bert":
         x = drop(torch.tanh(dense(x)))
@@ -358,8 +358,6 @@ def build(
         pad_id=pad_id,
         dropout=hidden_dropout,
     )
-    if projection in loras:
-        raise NotSupported("LoRA stands beside the projection of its embeddings")
     head_dropout = config.get(layout.head_dropout)
     head = Head(
         kind=kind,
@@ -370,6 +368,14 @@ def build(
     blocks = tuple(block(number) for number in numbers)
     if left := taken.left():
         raise NotSupported(f"it has {left[0]}, which the fast forward does not know")
+    beside = {id(item.lora) for one in blocks for item in one.linears}
+    if stray := [name for name, lora in loras.items() if id(lora) not in beside]:
+        raise NotSupported(f"LoRA stands beside {stray[0]}")
+    if stray := [name for name, t in tensors.items() if t.requires_grad and name.rpartition(".")[0] not in layout.head]:
+        raise NotSupported(f"{stray[0]} is trained in full")
+    rates = {rate for one in blocks for rate in (one.attention_dropout, one.output_dropout)}
+    if odd := [rate for rate in rates | {lora.dropout for lora in loras.values()} if not can_quantise(rate)]:
+        raise NotSupported(f"a dropout of {odd[0]} is none in 256ths")
     return Encoder(embeddings, blocks, head, Workspace())
 
 
@@ -442,8 +448,9 @@ def of_peft_model(model: Any, dtype: torch.dtype = torch.float32) -> Encoder:
     inner = model.get_base_model()
     built = _of_module(inner)
     if dtype != torch.float32:
+        head = LAYOUTS[inner.config.model_type].head
         for name, parameter in inner.named_parameters():
-            if not parameter.requires_grad and ".original_module." not in name:
+            if not (parameter.requires_grad or ".original_module." in name or name.startswith(head)):
                 parameter.data = parameter.data.to(dtype)
         built = _of_module(inner)  # the row of the token types is a view of what was there before
     return built

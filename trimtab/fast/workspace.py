@@ -28,7 +28,8 @@ class Workspace:
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
             self._buffers.pop(name, None)
             # Of the system and not of malloc, whose heap keeps touched pages: a quarter of the peak.
-            memory = mmap.mmap(-1, max(1, size + size // 2) * dtype.itemsize)
+            # Private: a process that forks must not share them with its children.
+            memory = mmap.mmap(-1, max(1, size + size // 2) * dtype.itemsize, access=mmap.ACCESS_COPY)
             with torch.inference_mode(False):  # else what an evaluation takes first, training may not write to
                 buffer = self._buffers[name] = torch.frombuffer(memory, dtype=dtype)
         return buffer[:size].view(shape)

@@ -1,0 +1,38 @@
+"""Checkpoints: whole or not there, in the order of their steps."""
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from trimtab import checkpoint
+from trimtab.errors import ResourceError
+
+
+def write(folder: Path, step: int) -> None:
+    checkpoint.write(folder, step, {"weight": torch.full((100,), float(step))}, {"step": step})
+
+
+def test_the_order_is_that_of_numbers_beyond_a_million_too(tmp_path: Path) -> None:
+    for step in (999_998, 999_999, 1_000_000):
+        write(tmp_path, step)
+        checkpoint.prune(tmp_path, best_step=-1)
+    found, skipped = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert (found.state, skipped) == ({"step": 1_000_000}, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000", "step-999999"]
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_the_older_ones(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(ResourceError, match="step 2 cannot be written") as caught:
+            write(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "--resume" in caught.value.mend
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert checkpoint.newest(tmp_path)[0] is not None
