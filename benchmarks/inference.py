@@ -1,0 +1,204 @@
+"""Prediction: trimtab against stock transformers and peft, onnxruntime and OpenVINO. 15 minutes on two AVX2 cores.
+
+    pip install onnx onnxscript onnxruntime openvino
+    python benchmarks/inference.py [--rounds 3]
+
+An adapter is trained first on a few rows: speed does not depend on what it learned. Then, every side once a round:
+2,000 IMDB reviews cut at 256 tokens, texts to labels; and a fresh process to five answers. Stock runs unmerged in
+batches of 32 in the order of the file; onnxruntime (float32 and dynamic int8) and OpenVINO run the merged model over
+the same length-sorted batches as trimtab. Last, peak memory for 1,000,000 short rows, parquet to parquet, against
+100,000. Writes benchmarks/results/inference-KIND.json. Needs the extra `demo`.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import openvino
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from onnxruntime.quantization import quantize_dynamic
+from peft import PeftModel
+from record import kind, write
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import trimtab
+from trimtab import batching, demo
+from trimtab.config import MINILM
+
+HERE = Path(__file__).parent
+Side = Callable[[list[str]], Any]
+
+
+def stock(adapter: Path, base: str) -> Side:
+    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), adapter)
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+
+    def run(texts: list[str]) -> Any:
+        answers = []
+        for start in range(0, len(texts), 32):
+            batch = tokenizer(
+                texts[start : start + 32], truncation=True, max_length=256, padding=True, return_tensors="pt"
+            )
+            with torch.no_grad():
+                answers.append(model(**batch).logits.argmax(-1).numpy())
+        return np.concatenate(answers)
+
+    return run
+
+
+def over_batches(classifier: trimtab.Classifier, logits: Callable[[Any, Any], Any]) -> Side:
+    """A runtime over our tokens and our length-sorted batches."""
+
+    def run(texts: list[str]) -> Any:
+        encoded = classifier.encode(texts)
+        answers = np.zeros(len(texts), np.int64)
+        for rows in batching.evaluation_plan(encoded.lengths):
+            batch = batching.collate(encoded, rows, classifier.adapter.tokenizer.pad_id)
+            answers[rows] = logits(batch.input_ids, batch.attention_mask.astype(np.int64)).argmax(-1)
+        return answers
+
+    return run
+
+
+def runtimes(folder: Path, adapter: Path, base: str, classifier: trimtab.Classifier) -> dict[str, Side]:
+    """Onnxruntime in float32 and dynamic int8, and OpenVINO, over the merged model."""
+    model = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, attn_implementation="eager"), adapter
+    ).merge_and_unload()
+    model.eval()
+
+    class Logits(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    file, small = folder / "model.onnx", folder / "int8.onnx"
+    example = (torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long))
+    axes = {"input_ids": {0: "rows", 1: "tokens"}, "attention_mask": {0: "rows", 1: "tokens"}}
+    names = list(axes)
+    torch.onnx.export(
+        Logits().eval(),
+        example,
+        str(file),
+        input_names=names,
+        output_names=["logits"],
+        dynamic_axes=axes,
+        dynamo=False,
+        opset_version=17,
+    )
+    quantize_dynamic(str(file), str(small))
+
+    def onnx(path: Path) -> Side:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return over_batches(
+            classifier, lambda ids, mask: session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
+        )
+
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(str(file)), "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    return {
+        "onnxruntime float32": onnx(file),
+        "onnxruntime int8": onnx(small),
+        "openvino": over_batches(classifier, lambda ids, mask: compiled([ids, mask])[0]),
+    }
+
+
+def fresh(*command: str) -> float:
+    """Seconds of a command in a process of its own."""
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def peak_of(adapter: Path, folder: Path, rows: int) -> int:
+    """Peak memory in bytes of predicting `rows` short texts from parquet to parquet."""
+    words = ["good film", "bad plot", "so slow", "loved it"]
+    pq.write_table(pa.table({"text": [f"{words[i % 4]} {i % 97}" for i in range(rows)]}), folder / "in.parquet")
+    program = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+    )
+    command = [sys.executable, "-m", "trimtab", "predict", str(adapter), "--file", str(folder / "in.parquet")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command, "--out", str(folder / "out.parquet")],
+        check=True,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    assert pq.read_metadata(folder / "out.parquet").num_rows == rows
+    return int(done.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        train, evaluation = demo.prepare(folder)
+        settings = {"data.limit_train": 64, "data.limit_eval": 32, "train.num_epochs": 1}
+        run = trimtab.train(
+            train, eval=evaluation, recipe="tutorial", base=MINILM, settings=settings, out=folder / "run"
+        )
+        classifier = trimtab.load(run.path)
+        base = str(classifier.base.folder)
+        texts = pq.read_table(evaluation)["text"].to_pylist()[:2_000]
+        sides: dict[str, Side] = {
+            "ours": classifier.predict,
+            "stock": stock(run.adapter, base),
+            **runtimes(folder, run.adapter, base, classifier),
+        }
+        index = classifier.labels.index()
+        expected = np.array([index[answer.label] for answer in classifier.predict(texts[:200])])
+        agreement = {
+            name: float(np.mean(side(texts[:200]) == expected)) for name, side in sides.items() if name != "ours"
+        }
+        rounds = []
+        for _ in range(asked.rounds):
+            one: dict[str, float] = {}
+            for name, side in sides.items():
+                began = time.perf_counter()
+                side(texts)
+                one[name] = time.perf_counter() - began
+            five = list(demo.SENTENCES.values())
+            one["fresh, ours"] = fresh(sys.executable, "-m", "trimtab", "predict", str(run.adapter), *five)
+            one["fresh, stock"] = fresh(sys.executable, str(HERE / "stock_predict.py"), str(run.adapter), *five)
+            rounds.append(one)
+
+        def median(slow: str, quick: str) -> float:
+            return statistics.median(one[slow] / one[quick] for one in rounds)
+
+        others = [name for name in sides if name not in ("ours", "stock")]
+        few, many = peak_of(run.adapter, folder, 100_000), peak_of(run.adapter, folder, 1_000_000)
+        write(
+            f"inference-{kind()}",
+            {
+                "ratios": {
+                    "2,000 reviews, texts to labels, against stock": median("stock", "ours"),
+                    **{f"the same against {name}": median(name, "ours") for name in others},
+                    "a fresh process to five answers, against stock": median("fresh, stock", "fresh, ours"),
+                    "peak memory of 1,000,000 rows against 100,000": many / few,
+                },
+                "threads": torch.get_num_threads(),
+                "versions_of_runtimes": {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__},
+                "same_label_as_ours_on_200_rows": agreement,
+                "peak_bytes": {"100,000 rows": few, "1,000,000 rows": many},
+                "rounds": rounds,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
