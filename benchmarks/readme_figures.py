@@ -1,4 +1,4 @@
-"""The figures of the README: the demo, and 1,000 film sentences judged on 500 sealed ones. About 13 minutes.
+"""The figures of the README: the demo, and 1,000 film sentences judged on 500 sealed ones. About 6 minutes.
 
     python benchmarks/readme_figures.py
 
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import write
 
-from trimtab import data, demo, rundir
+from trimtab import data, demo
 
-RESULT = Path(__file__).parent / "results" / "readme_figures.json"
 KEPT = ("scored_on", "eval_rows", "accuracy", "accuracy_ci95", "macro_f1", "majority_accuracy", "epoch")
 KEPT += ("train_seconds", "total_seconds", "peak_rss_bytes", "adapter_bytes", "largest_difference_after_reload")
 
@@ -45,13 +45,13 @@ def run(folder: Path, *words: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", check=True).stdout
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         reviews, sealed = write_sentences(folder)
-        found = {"own_file": run(folder, "train", str(reviews), "--test", str(sealed)), "demo": run(folder, "demo")}
-    RESULT.write_text(json.dumps({"commit": commit.strip(), **rundir.environment(), **found}, indent=2) + "\n")
-    print(f"written: {RESULT}")
+        write(
+            "readme_figures",
+            {"own_file": run(folder, "train", str(reviews), "--test", str(sealed)), "demo": run(folder, "demo")},
+        )
 
 
 if __name__ == "__main__":

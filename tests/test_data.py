@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -541,3 +542,20 @@ def test_a_reject_names_its_file() -> None:
     rows = data.read_rows(["a.csv", "b.csv"], skip_bad=True)
     assert [(Path(reject.file).name, reject.line) for reject in rows.rejects] == [("a.csv", 3), ("b.csv", 4)]
     assert re.search(r"a\.csv\D*3.*b\.csv\D*4", str(refusal("a.csv", "b.csv")), re.DOTALL)
+
+
+def test_a_name_that_is_no_utf8_is_refused() -> None:
+    name = os.fsdecode(b"rows\xff.csv")
+    Path(name).write_text("text,label\na,1\n")
+    error = refusal(name)
+    assert error.code == "data.name"
+    str(error).encode("utf-8")
+
+
+def test_the_last_ending_tells_the_format() -> None:
+    assert [data.file_kind(Path(name)) for name in ("a.csv", "a.tsv.GZ", "a.csv.bak", "a.parquet")] == [
+        ",",
+        "\t",
+        None,
+        "parquet",
+    ]

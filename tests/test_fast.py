@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from trimtab import config, evaluation, forward, predict, tokens, training
 from trimtab.classification import loss_sum
 from trimtab.config import MINILM, LoraSettings, RuntimeSettings
-from trimtab.errors import RecipeError
+from trimtab.errors import DataError, RecipeError
 from trimtab.fast import encoder, layer
 from trimtab.fast.dropout import Noise, keep_scale
 from trimtab.fast.encoder import LAYOUTS, NotSupported
@@ -454,6 +454,11 @@ def test_threads_that_predict_long_texts_at_once(runs: Callable[[str], Path]) ->
     alone = classifier.predict(texts)
     with ThreadPoolExecutor(4) as pool:
         assert all(found == alone for found in pool.map(classifier.predict, [texts] * 40))
+
+
+def test_half_a_character_is_told(runs: Callable[[str], Path]) -> None:
+    with pytest.raises(DataError, match="in text 1"):
+        predict.load(runs("bert")).predict(["a film", "caf\udce9"])
 
 
 def test_a_run_is_verified_with_its_own_runtime(runs: Callable[[str], Path], tmp_path: Path) -> None:

@@ -417,6 +417,13 @@ def test_a_recorded_minilm_whose_folder_is_gone_is_found_in_the_package(
     assert any(gone in line for line in tried)
 
 
+@pytest.mark.parametrize("repo_id", ["tiny-roberta", "someone/tiny-roberta"])
+def test_a_cached_base_knows_its_id_with_an_owner_or_without(tmp_path: Path, offline: Path, repo_id: str) -> None:
+    make_cached(offline, repo_id, make_base(tmp_path / "base"))
+    found = find_base(repo_id)
+    assert (found.source, found.recorded_as) == ("cache", repo_id)
+
+
 def test_a_recorded_base_whose_folder_is_gone_is_found_in_the_cache(tmp_path: Path, offline: Path) -> None:
     cached = make_cached(offline, "owner/base", make_base(tmp_path / "base"))
 

@@ -394,6 +394,21 @@ def test_a_text_of_600_tokens_is_cut_to_what_the_base_takes(
     assert np.isfinite(compute_logits(stock(model, job.tokenizer.pad_id), encoded)).all()
 
 
+def test_a_decoder_reads_the_last_token_before_the_padding_that_we_write(
+    tmp_path: Path, make_job: Callable[..., Job]
+) -> None:
+    folder = write_decoder(tmp_path / "decoder")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 5}))
+    job = make_job(folder)
+    model, _, _ = training.build(job)
+    encoded = tokens.encode(["a film", "a very good film and a great story"], job.tokenizer, 48)
+    run = stock(model, job.tokenizer.pad_id)
+    with torch.no_grad():
+        together, alone = run(encoded, np.array([0, 1]))[0], run(encoded, np.array([0]))[0]
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
 # Real weights
 
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import bases
@@ -132,6 +133,13 @@ def test_chinese_in_bytes_is_warned_of(tmp_path: Path) -> None:
     warning = tokens.foreign_script(CHINESE, tokens.from_base(bases.write_base(tmp_path, "roberta")))
     assert "3." in warning
     assert "pieces" in warning
+
+
+def test_short_texts_under_a_vocabulary_that_holds_them_are_not(tmp_path: Path) -> None:
+    folder = bases.write_base(tmp_path, "bert")  # [CLS] and [SEP] around every text
+    made = json.loads(tokens.from_base(folder).json)
+    made["model"]["vocab"] |= {char: 10_000 + i for i, char in enumerate("好吃难很不错！。")}
+    assert tokens.foreign_script(["好吃！", "难吃。", "很好", "不错！"], Tokenizer(json.dumps(made), 0)) == ""
 
 
 def test_chinese_under_a_vocabulary_that_holds_it_is_not() -> None:

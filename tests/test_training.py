@@ -15,7 +15,7 @@ from conftest import reviews, write_csv
 import trimtab
 from trimtab import batching, checkpoint, config, training
 from trimtab.config import Layered
-from trimtab.errors import ArtefactError, DataError, DivergedError, RecipeError
+from trimtab.errors import ArtefactError, DataError, DivergedError, RecipeError, ResourceError
 from trimtab.resolve import resolve
 from trimtab.training import Progress
 
@@ -89,6 +89,44 @@ class TestRepeat:
         resumed = training.resume(cut.path, observe=lambda event: told.append(str(event.get("text", ""))))
         assert any(newest.name in text for text in told)
         assert contents(whole.adapter) == contents(resumed.adapter)
+
+    def test_a_damaged_best_checkpoint_starts_over_and_ends_the_same(
+        self, csv_file: Path, bert: Path, tmp_path: Path
+    ) -> None:
+        layered = small(csv_file, bert)
+        whole = training.train(layered, out=str(tmp_path / "whole"))
+        cut = training.train(layered, out=str(tmp_path / "cut"))
+        (cut.path / "metrics.json").unlink()
+        shutil.rmtree(cut.adapter)
+        best = cut.path / "checkpoints" / f"step-{cut.metrics['step']:06d}" / "tensors.safetensors"
+        best.write_bytes(best.read_bytes()[:-1])
+        assert contents(training.resume(cut.path).adapter) == contents(whole.adapter)
+
+    def test_a_recipe_that_was_changed_is_refused(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
+        run.path.joinpath("metrics.json").unlink()
+        recipe = run.path / "recipe.toml"
+        recipe.write_text(recipe.read_text("utf-8").replace("weight_decay = ", "weight_decay = 0.5  # "), "utf-8")
+        with pytest.raises(ArtefactError, match="is not what this run was started with"):
+            training.resume(run.path)
+
+    def test_a_disk_without_room_is_told_with_the_way_to_go_on(
+        self, csv_file: Path, bert: Path, tmp_path: Path
+    ) -> None:
+        run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
+        run.path.joinpath("metrics.json").unlink()
+        run.path.joinpath("events.jsonl").unlink()
+        run.path.joinpath("events.jsonl").symlink_to("/dev/full")
+        with pytest.raises(ResourceError, match="No space left on device") as caught:
+            training.resume(run.path)
+        assert f"trimtab train --resume {run.path}" in caught.value.mend
+
+    def test_a_file_of_the_user_does_not_take_the_place_of_a_library(
+        self, csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("email.py").write_text("raise SystemExit('user email.py')")
+        assert training.train(small(csv_file, bert, train__num_epochs=1), out="run").metrics["eval_rows"]
 
     def test_a_finished_run_is_left_as_it_is(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from trimtab.errors import ArtefactError, ResourceError
 _KEPT = 2  # newest checkpoints that stay, beside the best one
 
 
-_MEND = "take the newest whole one: trimtab train --resume RUN"
+_MEND = "trimtab train --resume RUN takes the newest whole one"
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,26 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, load(contents["tensors.safetensors"]), json.loads(contents["state.json"]))
 
 
-def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over; damaged ones are set aside."""
+def newest(
+    folder: Path, needs: Callable[[Mapping[str, Any]], int] = lambda state: -1
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and why newer ones were passed over; those are set aside.
+
+    `needs` names the step of another checkpoint without which this one is of no use, or -1.
+    """
     skipped: list[str] = []
     for path in reversed(_by_step(folder)):
         try:
-            return read(path), skipped
+            found = read(path)
+            if (other := needs(found.state)) >= 0:
+                read(folder / f"step-{other:06d}")
+            return found, skipped
         except ArtefactError as error:
-            skipped.append(f"{path.name}: {error.what}")
-            path.rename(path.with_name(f".damaged-{path.name}"))
+            about = "" if error.where == str(path) else f"it needs {Path(error.where).name}: "
+            skipped.append(f"{path.name}: {about}{error.what}")
+            aside = path.with_name(f".damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
     return None, skipped
 
 

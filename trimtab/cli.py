@@ -1,7 +1,6 @@
 """The command line: parse -> call one function -> print. No logic lives here, and nothing heavy is imported early."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -162,6 +161,10 @@ def predict(
         raise RecipeError("usage", f'--lang is zh or en, not "{lang}".', mend="--lang zh")
     if bool(texts) + bool(file) > 1:
         raise RecipeError("usage", "Texts and --file were given, where one is expected.", mend="leave one of them out")
+    if text and not file:
+        raise RecipeError(
+            "usage", "--text names a column of --file, which is not there.", mend="--file FILE --text COLUMN"
+        )
     tables = (
         answer_files.read(file, text or "auto")
         if file
@@ -340,9 +343,6 @@ def main() -> None:
                 }
             )
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def _json(value: object) -> None:
@@ -382,7 +382,8 @@ def _stdin_lines() -> list[str]:
     if sys.stdin.isatty():
         print("one text a line, then Ctrl-D:", file=sys.stderr)
     text, _ = decode(Path("stdin"), sys.stdin.buffer.read())
-    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]  # an empty line is a text too: answers stand beside the lines
 
 
 def _shown(path: Path) -> str:

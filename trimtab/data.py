@@ -154,8 +154,8 @@ def read_rows(
             column, at_fault = label_column, raw
             if not problem and known_labels is not None and value not in known_labels:
                 problem = "unknown label"
-            if text_problem := _text_problem(cell):
-                problem, column, at_fault = text_problem, text_column, cell
+            if of_text := text_problem(cell):
+                problem, column, at_fault = of_text, text_column, cell
             if problem:
                 shown = at_fault if problem in ("not text", "not a label", "unknown label") else ""
                 rejects.append(Reject(name, line, problem, str(shown)[:80], column))
@@ -319,7 +319,8 @@ def _other_of_two(table: Table, known: str) -> str:
 # -- cells -----------------------------------------------------------------------------------------------------
 
 
-def _text_problem(cell: object) -> str:
+def text_problem(cell: object) -> str:
+    """Why a cell cannot be a text: null, not text, half a character or empty; an empty string where it can."""
     if cell is None:
         return "null"
     if not isinstance(cell, str):
@@ -418,6 +419,14 @@ def expand(paths: Sequence[str]) -> list[Path]:
                 mend="check the path; trimtab demo needs no file of yours",
             )
         files += [match.resolve() for match in matches]
+    for file in files:
+        if _HALF.search(str(file)):
+            raise DataError(
+                "data.name",
+                "The name of this file is no UTF-8, so no recipe could hold it.",
+                where=str(file).encode("utf-8", "backslashreplace").decode(),
+                mend="rename it",
+            )
     folders = [file for file in files if file.is_dir()]
     if folders:
         raise DataError(
@@ -431,8 +440,8 @@ def expand(paths: Sequence[str]) -> list[Path]:
 
 def file_kind(path: Path) -> str | None:
     """What the name of a file says: `parquet`, `json`, or the delimiter of a text file; None: none that is read."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next((_SUFFIXES[suffix] for suffix in reversed(suffixes) if suffix in _SUFFIXES), None)
+    name = path.name.lower().removesuffix(".gz")
+    return _SUFFIXES.get(Path(name).suffix)
 
 
 def read_table(path: Path) -> Table:

@@ -106,13 +106,13 @@ def check_installed(name: str, extra: str, otherwise: Level) -> Check:
 
 
 def check_cpu() -> Check:
-    """What the processor's features mean for the dtype; trimtab computes in float32."""
+    """What the processor's features mean for the dtype."""
     from trimtab import machine
 
     chip = machine.processor()
     found = f"{chip.name}; {', '.join(chip.features) or platform.machine()}"
-    if any(feature.endswith("bf16") for feature in chip.features):
-        return Check("cpu", "good", f"{found}: bf16 in hardware; a run computes in float32")
+    if machine.has_bf16(chip):
+        return Check("cpu", "good", f"{found}: bf16 in hardware, for runtime.dtype=bfloat16; else float32")
     if "avx2" in chip.features or platform.machine().lower() in ("arm64", "aarch64"):
         return Check("cpu", "good", f"{found}: float32 is the fast dtype, bf16 would be slow")
     mend = "if the CPU has no AVX2, expect a slow run: take a small base model, or another machine"

@@ -94,7 +94,8 @@ def _check(tables: Iterable[data.Table], text: str) -> None:
         found = [f"{table.path.name} line {reject.line} ({reject.reason})" for reject in table.ragged]
         texts = table.columns[_text_column(table, text)] if table.lines or not found else []
         cells = zip(table.lines, texts, strict=True)
-        found += [f"{table.path.name} line {line} (not text)" for line, cell in cells if not isinstance(cell, str)]
+        problems = ((line, data.text_problem(cell)) for line, cell in cells)
+        found += [f"{table.path.name} line {line} ({why})" for line, why in problems if why not in ("", "empty")]
         if found:
             places[str(table.path)] = None
         bad += found
@@ -155,7 +156,7 @@ def writing(out: str) -> Iterator[Callable[[TextTable, Sequence[Prediction]], No
         with (_parquet if path.suffix.lower() == ".parquet" else _text)(draft, path.suffix.lower()) as append:
             yield append
         draft.replace(path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OverflowError) as error:
         raise DataError(
             "out.types",
             f"A column of these rows has no one type, which parquet asks for: {str(error).splitlines()[0]}",

@@ -148,8 +148,8 @@ def _full_id(name: str) -> str:
 
 def _base(name: str, folder: Path, source: str) -> Base:
     digest = _sha256(*weight_files(folder))
-    in_cache = re.search(r"models--(.+?)--(.+?)/snapshots/", folder.as_posix())
-    hub_id = "/".join(in_cache.groups()) if in_cache else MINILM if digest == MINILM_WEIGHTS else ""
+    in_cache = re.search(r"/models--([^/]+)/snapshots/", folder.as_posix())  # of an id with an owner, or without one
+    hub_id = in_cache.group(1).replace("--", "/") if in_cache else MINILM if digest == MINILM_WEIGHTS else ""
     if source != "folder" and MINILM in (hub_id, _full_id(name)) and digest != MINILM_WEIGHTS:
         raise BaseModelError(
             "base.sha256",

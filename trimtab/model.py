@@ -106,7 +106,9 @@ def load_config(folder: Path, *, num_labels: int, dropout: float | str, pad_id: 
             where=str(folder / "config.json"),
             mend="is it a text model of a released architecture? Models with code of their own are not run",
         ) from error
-    if config.pad_token_id is None:
+    # A decoder's answer is read from the last token before the padding: it must be the padding that we write. An
+    # encoder's position table may depend on its own pad id (RoBERTa), so that stays.
+    if config.pad_token_id is None or config.model_type not in LINEAR_LAYERS:
         config.pad_token_id = pad_id
     if isinstance(dropout, float):
         _set_dropout(config, dropout)

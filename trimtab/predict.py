@@ -12,7 +12,9 @@ from trimtab import tokens
 from trimtab.adapter import Adapter
 from trimtab.classification import Labels, compute_logits, softmax
 from trimtab.config import RuntimeSettings
+from trimtab.data import text_problem
 from trimtab.device import place
+from trimtab.errors import DataError, some
 from trimtab.forward import Engine
 from trimtab.hub import Base
 from trimtab.rundir import adapter_in
@@ -61,9 +63,17 @@ class Classifier:
 
         Raises:
             TypeError: `texts` is a single string, or holds something else than strings.
+            DataError: a text holds half a character: a surrogate without its other half.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError("predict takes a list of strings: classifier.predict(['a text', 'another'])")
+        if halves := [i for i, text in enumerate(texts) if text_problem(text) == "half a character"]:
+            raise DataError(
+                "data.half_character",
+                f"Half a character (an escape without its other half, a byte that is no UTF-8) in text {some(halves)}.",
+                where="texts, counted from 0",
+                mend="write these texts again",
+            )
         encoded = self.encode(texts)
         return decode(texts, self.logits(encoded), encoded.truncated, self.labels)
 
@@ -87,7 +97,7 @@ def decode(
     ]
 
 
-def load(path: str | Path, *, base: str | None = None, runtime: RuntimeSettings | None = None) -> Classifier:
+def load(path: str | Path, *, base: str | Path | None = None, runtime: RuntimeSettings | None = None) -> Classifier:
     """Loads a run or an adapter folder; the adapter alone is enough, it knows its base and its labels.
 
     Args:
@@ -100,6 +110,6 @@ def load(path: str | Path, *, base: str | None = None, runtime: RuntimeSettings 
         BaseModelError: the base was not found.
     """
     adapter = adapter_folder.read(adapter_in(path))
-    found = adapter_folder.locate_base(adapter, base)
+    found = adapter_folder.locate_base(adapter, None if base is None else str(base))
     settings = runtime or RuntimeSettings()
     return Classifier(adapter, found, adapter_folder.load_engine(adapter, found, place(settings).device, settings))

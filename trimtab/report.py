@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich.cells import cell_len
+
 from trimtab.classification import LANGUAGES
 from trimtab.resolve import Job
 
@@ -13,7 +15,7 @@ def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
     return [
         f"full fine-tuning  {p['base']:>13,} of {p['base']:,} parameters (100 %)",
         f"LoRA alone        {p['lora']:>13,} ({p['lora_pct']:.2f} %)",
-        f"new head          {p['head']:>13,} ({100 * p['head'] / p['total']:.2f} %), trained in full: it is new",
+        f"head              {p['head']:>13,} ({100 * p['head'] / p['total']:.2f} %), trained in full",
         f"trained together  {p['trainable']:>13,} of {p['total']:,} ({p['trainable_pct']:.2f} %)",
     ]
 
@@ -29,12 +31,11 @@ def score_line(scores: Mapping[str, Any]) -> str:
 
 def score_lines(scores: Mapping[str, Any]) -> list[str]:
     """The scores of an evaluation for people, class by class."""
-    width = max(len(label) for label in scores["per_class"])
+    width = max(cell_len(label) for label in scores["per_class"])
     lines = [score_line(scores), f"{'':<{width}}  precision  recall     f1      rows"]
     for label, one in scores["per_class"].items():
-        lines.append(
-            f"{label:<{width}}  {one['precision']:9.3f}  {one['recall']:6.3f}  {one['f1']:5.3f}  {one['rows']:8,}"
-        )
+        shown = label + " " * (width - cell_len(label))
+        lines.append(f"{shown}  {one['precision']:9.3f}  {one['recall']:6.3f}  {one['f1']:5.3f}  {one['rows']:8,}")
     if scores.get("rows_cut"):
         lines.append(f"{scores['rows_cut']:,} texts were cut: the model did not see their end")
     if scores.get("rows_skipped"):

@@ -81,7 +81,8 @@ def resolve(layered: Layered) -> Job:
     tokenizer = tokens.from_base(base.folder)
     config = load_config(base.folder, num_labels=len(labels), dropout=recipe.base.dropout, pad_id=tokenizer.pad_id)
     skeleton = empty_model(config)
-    targets = resolve_targets(skeleton, recipe.lora.target_modules, head_modules(skeleton, outside_blocks(skeleton)))
+    head = head_modules(skeleton, outside_blocks(skeleton), recipe.lora.also_saved)
+    targets = resolve_targets(skeleton, recipe.lora.target_modules, head)
 
     texts = [example.text for example in parts["train"]]
     limits = [limit for limit in (longest_input(skeleton), tokenizer.limit) if limit]
@@ -251,6 +252,14 @@ def _warnings(
             f"{cut:.1%} of the training texts are cut at {max_length} tokens ({share:.1%} of all tokens are lost)"
             + (": --set data.max_length=512 reads more and takes longer" if max_length < 512 else "")
         )
+    alike: dict[str, list[str]] = {}
+    for label in labels.values:
+        alike.setdefault(" ".join(label.casefold().split()), []).append(f'"{label}"')
+    found += [
+        f"the labels {' and '.join(same)} differ in case or spaces alone, and are {len(same)} classes"
+        for same in alike.values()
+        if len(same) > 1
+    ]
     counts = Counter(train.labels.tolist())
     small = [labels.values[i] for i in range(len(labels)) if counts[i] < 5]
     if small:

@@ -110,8 +110,6 @@ def create(out: str | None, stem: str) -> RunDir:
             return RunDir(path)
         raise AssertionError("a thousand runs of one name in one second")
     except OSError as error:
-        if isinstance(error, ResourceError):
-            raise
         raise ResourceError(
             "run.create",
             f"The run directory cannot be made: {error.strerror}.",

@@ -113,7 +113,7 @@ def foreign_script(texts: Sequence[str], tokenizer: Tokenizer) -> str:
     """A warning where the base's vocabulary does not cover the script of a tenth of the texts, else an empty string.
 
     Judged by what the tokenizer makes of the texts in that script: more than 3 % unknown tokens, or more than 1.5
-    tokens for each letter (byte pieces). English texts under an English base stand near 0 % and far below 1.
+    tokens for each character (byte pieces). English texts under an English base stand near 0 % and far below 1.
     """
     sample = [texts[i] for i in np.linspace(0, len(texts) - 1, min(len(texts), 1_000)).astype(int)]
     of_script: dict[str, list[str]] = {}
@@ -129,13 +129,14 @@ def foreign_script(texts: Sequence[str], tokenizer: Tokenizer) -> str:
     model: Any = tokenizer.backend.model
     unknown = tokenizer.backend.token_to_id(getattr(model, "unk_token", None) or "")
     unknown_share = float(np.mean(encoded.ids == unknown)) if unknown is not None else 0.0
-    per_letter = len(encoded.ids) / sum(char.isalpha() for text in foreign for char in text)
-    if unknown_share <= 0.03 and per_letter <= 1.5:
+    special = len(foreign) * tokenizer.backend.num_special_tokens_to_add(is_pair=False)
+    per_character = (len(encoded.ids) - special) / sum(not char.isspace() for text in foreign for char in text)
+    if unknown_share <= 0.03 and per_character <= 1.5:
         return ""
     found = (
         f"{unknown_share:.0%} of their tokens are unknown to it"
         if unknown_share > 0.03
-        else f"it cuts a letter into {per_letter:.1f} pieces"
+        else f"it cuts a character into {per_character:.1f} pieces"
     )
     return (
         f"{len(foreign) / len(sample):.0%} of the texts are {script}, and this base was not made for them ({found}). "

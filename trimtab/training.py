@@ -11,7 +11,8 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from trimtab import adapter, batching, checkpoint, config, report, rundir
 from trimtab.classification import compute_logits, loss_sum, metrics
 from trimtab.config import MINILM, Layered, TrainSettings
 from trimtab.data import Reject
-from trimtab.errors import ArtefactError, DivergedError
+from trimtab.errors import ArtefactError, DivergedError, ResourceError, TrimtabError
 from trimtab.evaluation import write_predictions
 from trimtab.forward import Engine, Forward, choose
 from trimtab.hub import find_base
@@ -71,6 +72,8 @@ class Progress:
     tokens: int = 0
     """Real tokens trained on."""
     step_seconds: float = 0.0
+    recipe_sha256: str = ""
+    """Of the recipe.toml that the run was started with."""
     train_seconds: float = 0.0
     """Of earlier processes and this one, up to the last checkpoint."""
 
@@ -91,9 +94,10 @@ def train(layered: Layered, *, out: str | None = None, observe: Observer = lambd
     model, head, parameters = build(job)
     engine = choose(model, job.tokenizer.pad_id, job.placement.device, job.recipe.runtime)
     run = rundir.create(out, Path(job.recipe.data.train[0]).name.partition(".")[0])
-    run.recipe.write_text(config.dump(job.layered), "utf-8")
-    _describe(run, job, engine)
-    return _run(run, job, model, engine, head, parameters, started, observe)
+    with _disk_errors(run):
+        run.recipe.write_text(config.dump(job.layered), "utf-8")
+        _describe(run, job, engine)
+        return _run(run, job, model, engine, head, parameters, started, observe)
 
 
 def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
@@ -119,7 +123,8 @@ def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
     job = resolve(config.load_recipe(str(run.recipe)))
     model, head, parameters = build(job)
     engine = choose(model, job.tokenizer.pad_id, job.placement.device, job.recipe.runtime)
-    return _run(run, job, model, engine, head, parameters, started, observe)
+    with _disk_errors(run):
+        return _run(run, job, model, engine, head, parameters, started, observe)
 
 
 def build(job: Job) -> tuple[Any, list[str], dict[str, Any]]:
@@ -147,6 +152,22 @@ def count_parameters(layered: Layered, num_labels: int) -> dict[str, Any]:
     return count(
         loaded.model, recipe.lora, resolve_targets(loaded.model, recipe.lora.target_modules, head), head
     ).as_dict()
+
+
+@contextmanager
+def _disk_errors(run: RunDir) -> Iterator[None]:
+    """Whatever the system refuses while a run is under way is told with the way to go on."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, TrimtabError):
+            raise
+        raise ResourceError(
+            "run.write",
+            f"The run cannot be written: {error.strerror or error}. Its checkpoints stand as they were.",
+            where=str(error.filename or run.path),
+            mend=f"make room, then: trimtab train --resume {run.path}",
+        ) from error
 
 
 def _run(
@@ -450,12 +471,20 @@ def _load_newest(
     optimizer: torch.optim.AdamW,
     tell: Callable[..., None],
 ) -> Progress:
-    found, skipped = checkpoint.newest(run.checkpoints)
+    found, skipped = checkpoint.newest(run.checkpoints, needs=lambda state: int(state["best_step"]))
     for reason in skipped:
         tell("warning", text=f"a checkpoint was passed over and set aside: {reason}")
+    recipe_sha256 = hashlib.sha256(run.recipe.read_bytes()).hexdigest()
     if found is None:
-        return Progress()
+        return Progress(recipe_sha256=recipe_sha256)
     progress = Progress(**found.state)
+    if progress.recipe_sha256 != recipe_sha256:
+        raise ArtefactError(
+            "run.recipe_changed",
+            "recipe.toml is not what this run was started with, so its checkpoints do not belong to it.",
+            where=str(run.recipe),
+            mend=f"bring the old file back; or start a run of its own: trimtab train --recipe {run.recipe} --out DIR",
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(found.tensors[f"parameter/{name}"])
@@ -498,7 +527,8 @@ def _verify_in_fresh_process(run: RunDir) -> dict[str, Any]:
     """
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "trimtab", "verify", str(run.path), "--json"],
+        # -P: a file of the user's beside the data, such as email.py, must not take the place of a library's.
+        [sys.executable, "-P", "-m", "trimtab", "verify", str(run.path), "--json"],
         capture_output=True,
         encoding="utf-8",
         check=False,
@@ -506,9 +536,11 @@ def _verify_in_fresh_process(run: RunDir) -> dict[str, Any]:
     if done.returncode != 0:
         raise ArtefactError(
             "adapter.verification",
-            "The saved adapter does not answer as the trained model did, so this run is not done.",
+            "The saved adapter does not answer as the trained model did, so this run is not done."
+            if done.returncode == ArtefactError.exit_code
+            else "The saved adapter could not be checked in a process of its own, so this run is not done.",
             where=f"{run.adapter}: {done.stderr.strip() or done.stdout.strip()}",
-            mend="this should never happen: please report it with environment.json",
+            mend=f"trimtab verify {run.path} tries again; if it stays so, please report it with environment.json",
         )
     found: dict[str, Any] = json.loads(done.stdout)
     return found | {"seconds": time.monotonic() - began}

@@ -263,12 +263,12 @@ def _embed(e: Embeddings, batch: Packed, noise: Noise | None, workspace: Workspa
             lengths = torch.diff(batch.first, append=torch.tensor([len(batch.ids)]))
             places = (seen - torch.repeat_interleave(before, lengths) - 1).masked_fill(is_pad, -1)
     x = workspace.take("embedded", shape=(len(batch.ids), e.word.shape[1]), dtype=e.word.dtype)
-    for block in blocks(x):
-        t = embedding(batch.ids[block], e.word)
-        t += embedding(places[block] + e.first_position, e.position)
+    for part, ids, at in blocks(x, batch.ids, places):
+        t = embedding(ids, e.word)
+        t += embedding(at + e.first_position, e.position)
         if e.type_ is not None:
             t += e.type_
-        x[block] = layer_norm(t, x.shape[1:], e.norm.weight, e.norm.bias, e.norm.eps)
+        part.copy_(layer_norm(t, x.shape[1:], e.norm.weight, e.norm.bias, e.norm.eps))
     if noise is not None and e.dropout > 0:
         mask = workspace.take("mask", _EMBEDDINGS_SITE, shape=x.shape, dtype=torch.uint8)
         masked(x, noise.fill(mask, e.dropout, _EMBEDDINGS_SITE), x).mul_(keep_scale(e.dropout))

@@ -297,35 +297,39 @@ def _dropped(x: Tensor, rate: float, site: int, scope: Scope) -> Tensor:
 def norm(weights: Norm, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised x in `out`, and the mean and inverse deviation of each token."""
     means, inverses = [], []
-    for block in blocks(x):
-        y, mean, inverse = torch.native_layer_norm(x[block], x.shape[1:], weights.weight, weights.bias, weights.eps)
-        out[block] = y
+    for part, to in blocks(x, out):
+        y, mean, inverse = torch.native_layer_norm(part, x.shape[1:], weights.weight, weights.bias, weights.eps)
+        to.copy_(y)
         means.append(mean)
         inverses.append(inverse)
     return out, torch.cat(means), torch.cat(inverses)
 
 
 def _norm_backward(weights: Norm, dy: Tensor, x: Tensor, statistics: tuple[Tensor, Tensor], out: Tensor) -> None:
-    for block in blocks(x):
-        of_block = (dy[block], x[block], x.shape[1:], *(t[block] for t in statistics), weights.weight, weights.bias)
-        out[block] = torch.ops.aten.native_layer_norm_backward(*of_block, [True, False, False])[0]
+    for to, *parts in blocks(out, dy, x, *statistics):
+        d_part, part, mean, inverse = parts
+        to.copy_(
+            torch.ops.aten.native_layer_norm_backward(
+                d_part, part, x.shape[1:], mean, inverse, weights.weight, weights.bias, [True, False, False]
+            )[0]
+        )
 
 
 def masked(x: Tensor, mask: Tensor, out: Tensor) -> Tensor:
     """Into `out`, x times a mask of its shape."""
-    for block in blocks(x):
-        torch.mul(x[block], mask[block], out=out[block])
+    for part, keep, to in blocks(x, mask, out):
+        torch.mul(part, keep, out=to)
     return out
 
 
-def blocks(x: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension of at most `_BLOCK` numbers.
+def blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one length, cut alike along it, so that a part of the first holds at most `_BLOCK` numbers.
 
     Work that torch cannot do in place makes its temporaries of this size: they stay in the cache, where temporaries of
     a whole batch left the heap 300 MB larger (glibc does not use a hole again for an aligned piece of its very size).
     """
-    step = max(1, _BLOCK // max(1, x[:1].numel()))
-    return (slice(start, start + step) for start in range(0, len(x), step))
+    step = max(1, _BLOCK // max(1, first[:1].numel()))
+    return zip(*(torch.split(tensor, step) for tensor in (first, *others)), strict=True)
 
 
 # -- attention -------------------------------------------------------------------------------------------------
