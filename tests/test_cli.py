@@ -326,3 +326,8 @@ def test_commands_that_use_an_adapter_take_runtime_settings_and_no_other(call, r
     refused = call("predict", run, "a film", "--set", "lora.r=4", "--json")
     assert refused.code == 2
     assert json.loads(refused.out)["error"]["code"] == "usage"
+
+
+def test_json_holds_every_character_on_any_stream(run: Path) -> None:
+    done = process("predict", run, "差评 🙂", "--json", PYTHONIOENCODING="ascii")
+    assert json.loads(done.out)["text"] == "差评 🙂"

@@ -186,7 +186,7 @@ class TestLoop:
     def test_divergence_keeps_the_weights_and_suggests_a_rate(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         with pytest.raises(DivergedError, match="learning_rate="):
             training.train(
-                small(csv_file, bert, train__learning_rate=1e38, train__num_epochs=20), out=str(tmp_path / "run")
+                small(csv_file, bert, train__learning_rate=1e30, train__num_epochs=20), out=str(tmp_path / "run")
             )
 
     def test_a_used_out_is_refused_untouched(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:

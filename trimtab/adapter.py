@@ -5,6 +5,7 @@ another base or another tokenizer is an error with its name. The same recipe wri
 unordered sets.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -56,6 +57,14 @@ class Adapter:
     """Sentences and the logits that they had after training."""
     computed_in: str
     """The dtype of those logits."""
+    tensors_sha256: str
+    """Of adapter_model.safetensors; empty where an early version wrote it."""
+
+    @property
+    def tensors_are_as_written(self) -> bool:
+        """Whether adapter_model.safetensors is, to the byte, what training wrote."""
+        found = hashlib.sha256((self.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+        return self.tensors_sha256 in ("", found)
 
 
 def write(
@@ -80,12 +89,10 @@ def write(
     with _draft_of(folder) as draft:
         tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         # "format" tells transformers and peft which library's tensors these are.
-        (draft / "adapter_model.safetensors").write_bytes(
-            save(
-                {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)},
-                metadata={"format": "pt"},
-            )
+        stored = save(
+            {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, metadata={"format": "pt"}
         )
+        (draft / "adapter_model.safetensors").write_bytes(stored)
         config = model.peft_config["default"].to_dict() | {"inference_mode": True}
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         _write_json(draft / "adapter_config.json", dict(sorted(plain.items())))
@@ -115,6 +122,7 @@ def write(
                     "tokenizer_sha256": base.tokenizer_sha256,
                 },
                 "head": head,
+                "tensors_sha256": hashlib.sha256(stored).hexdigest(),
                 "computed_in": computed_in,
                 "probes": [
                     {"text": text, "logits": row.tolist()} for text, row in zip(PROBES, probe_logits, strict=True)
@@ -168,7 +176,15 @@ def read(folder: Path) -> Adapter:
         )
         if names and len(names) != len(values):
             raise ValueError("some labels have names and some have none")
+        if len(set(values)) != len(values) or not values or not all(isinstance(v, str) and v for v in values):
+            raise ValueError("labels are different strings")
+        if not all(isinstance(module, str) for module in meta["head"]) or isinstance(meta["head"], str):
+            raise ValueError("head is a list of module names")
+        if len({len(item["logits"]) for item in meta["probes"]}) != 1:
+            raise ValueError("probes are sentences with a logit for each label")
         preprocessing = meta["preprocessing"]
+        if not 2 <= int(preprocessing["max_length"]) <= 1 << 20:
+            raise ValueError(f"max_length {preprocessing['max_length']} cannot be")
         return Adapter(
             folder=folder,
             labels=Labels(values, names),
@@ -179,8 +195,9 @@ def read(folder: Path) -> Adapter:
             head=tuple(meta["head"]),
             probes=tuple((item["text"], tuple(item["logits"])) for item in meta["probes"]),
             computed_in=str(meta.get("computed_in", "float32")),
+            tensors_sha256=str(meta.get("tensors_sha256", "")),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ArtefactError):
             raise
         raise ArtefactError(
@@ -248,6 +265,8 @@ def load_engine(adapter: Adapter, base: Base, device: torch.device, settings: Ru
     if device.type == "cpu" and settings.fast != "off" and adapter.lora.variant != "dora":
         dtype = fast_dtype(settings)
         try:
+            if not adapter.tensors_are_as_written:
+                raise encoder.NotSupported("its adapter is damaged")
             classifier = encoder.of_files(
                 json.loads((base.folder / "config.json").read_bytes()),
                 _base_tensors(base),
@@ -315,6 +334,13 @@ def load_model(adapter: Adapter, base: Base) -> Any:
             where=str(path),
             mend="copy the whole adapter folder again",
         )
+    if not adapter.tensors_are_as_written:  # whole by name, shape and number, and yet not the same
+        raise ArtefactError(
+            "adapter.tensors_changed",
+            "adapter_model.safetensors is not what training wrote: its sha256 differs.",
+            where=str(path),
+            mend="copy the whole adapter folder again",
+        )
     peft.set_peft_model_state_dict(model, tensors)
     model.eval()
     return model
@@ -353,7 +379,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         raise ArtefactError(
             "adapter.incomplete", f"{what[0].upper()}{what[1:]}.", where=str(folder), mend=mend
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise ArtefactError(
             "adapter.damaged",
             f"{name} is not JSON: {error}",

@@ -81,13 +81,14 @@ def read(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        contents = {name: (path / name).read_bytes() for name in manifest["sha256"]}
+        contents = {name: (path / name).read_bytes() for name in ("tensors.safetensors", "state.json")}
+        sums = {name: manifest["sha256"][name] for name in contents}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(
             "checkpoint.incomplete", f"This checkpoint is not whole: {error}", where=str(path), mend=_MEND
         ) from None
     for name, data in contents.items():
-        if hashlib.sha256(data).hexdigest() != manifest["sha256"][name]:
+        if hashlib.sha256(data).hexdigest() != sums[name]:
             raise ArtefactError(
                 "checkpoint.damaged",
                 f"{name} is not what was written: its sha256 differs.",
@@ -129,7 +130,8 @@ def prune(folder: Path, best_step: int) -> None:
 
 def _by_step(folder: Path) -> list[Path]:
     """Oldest first. By number: from a million on, names no longer sort so."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _sync_folder(folder: Path) -> None:

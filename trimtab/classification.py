@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from trimtab.batching import evaluation_plan
-from trimtab.errors import RecipeError, did_you_mean, some
+from trimtab.errors import DivergedError, RecipeError, did_you_mean, some
 from trimtab.forward import Forward
 from trimtab.tokens import Encoded
 
@@ -70,7 +70,11 @@ def compute_logits(
     *,
     after_batch: Callable[[int], None] = lambda rows: None,
 ) -> npt.NDArray[np.float32]:
-    """Every row's logits without dropout and gradients: float32[n, C], in the order of the rows."""
+    """Every row's logits without dropout and gradients: float32[n, C], in the order of the rows.
+
+    Raises:
+        DivergedError: a logit is not finite.
+    """
     pieces: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
     with torch.inference_mode():
         for rows in evaluation_plan(encoded.lengths):
@@ -81,6 +85,13 @@ def compute_logits(
     logits = np.zeros((len(encoded), pieces[0][1].shape[1]), np.float32)
     for rows, piece in pieces:
         logits[rows] = piece
+    if not np.isfinite(logits).all():
+        broken = int((~np.isfinite(logits)).any(axis=1).sum())
+        raise DivergedError(
+            "logits.not_finite",
+            f"{broken:,} of {len(logits):,} rows got logits that are not finite.",
+            mend="in training, a smaller train.learning_rate; of an adapter, copy the whole folder again",
+        )
     return logits
 
 

@@ -1,5 +1,6 @@
 """The command line: parse -> call one function -> print. No logic lives here, and nothing heavy is imported early."""
 
+import codecs
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -346,7 +347,9 @@ def main() -> None:
 
 
 def _json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    # Programs read this: where the stream cannot hold a character, its escape and never a question mark.
+    utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "ascii").name == "utf-8"
+    print(json.dumps(value, ensure_ascii=not utf8), flush=True)
 
 
 def _json_event(event: Mapping[str, Any]) -> None:
@@ -379,6 +382,8 @@ def _runtime(settings: list[str] | None) -> "RuntimeSettings":
 def _stdin_lines() -> list[str]:
     from trimtab.data import decode
 
+    if sys.stdin is None:
+        return []
     if sys.stdin.isatty():
         print("one text a line, then Ctrl-D:", file=sys.stderr)
     text, _ = decode(Path("stdin"), sys.stdin.buffer.read())

@@ -102,8 +102,8 @@ class BaseSettings(Section):
 class LoraSettings(Section):
     """The two thin matrices, W + (lora_alpha / r) B A (Hu et al. 2021, arXiv 2106.09685)."""
 
-    r: int = Field(8, ge=1, description="Rank: the number of rows of A and columns of B.")
-    lora_alpha: int = Field(16, ge=1, description="Scale: B A is multiplied by lora_alpha / r.")
+    r: int = Field(8, ge=1, le=65_536, description="Rank: the number of rows of A and columns of B.")
+    lora_alpha: int = Field(16, ge=1, le=1_000_000, description="Scale: B A is multiplied by lora_alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A.")
     target_modules: Annotated[tuple[str, ...] | Literal["all-linear", "query-value"], BeforeValidator(_as_targets)] = (
         Field("all-linear", description="Weights that get a B A: all-linear, query-value, or names.")
@@ -132,7 +132,7 @@ class TrainSettings(Section):
     )
     batch_size: int = Field(16, ge=1, description="Rows a step.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches an optimizer step.")
-    learning_rate: Annotated[float, Field(gt=0)] | Auto = Field(
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Auto = Field(
         "auto", description="auto: 1e-3, 5e-4 from width 768, 3e-4 from 1024."
     )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only.")
@@ -152,7 +152,7 @@ class RuntimeSettings(Section):
     """The machine."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, else cpu.")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, else the cores we may use.")
+    threads: int = Field(0, ge=0, le=4096, description="CPU threads; 0: OMP_NUM_THREADS, else the cores we may use.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the fast forward; auto: float32.")
     fast: Literal["auto", "on", "off"] = Field("auto", description="The fast forward of the BERT family on a CPU.")
 
@@ -244,7 +244,7 @@ def load_recipe(name_or_file: str) -> Layered:
             ) from None
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(
             "recipe.toml",
             f"This recipe is not TOML: {error}",
@@ -291,7 +291,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, object]:
             raise RecipeError("recipe.set", f'"{setting}" is not KEY=VALUE.', mend="--set lora.r=16")
         try:
             read = tomllib.loads(f"value = {raw}")
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # no TOML, or a number or nesting beyond what Python reads
             read = {"value": raw}
         # A line break in a value may begin more TOML: then it was a text.
         values[key.strip()] = read["value"] if len(read) == 1 else raw

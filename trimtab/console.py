@@ -15,7 +15,8 @@ _SPARSE_S = 10.0  # seconds between two step lines where there is no live line
 @contextmanager
 def progress(stream: TextIO | None = None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yields an observer that prints events to `stream` (stderr by default); the live line is gone at the end."""
-    target = stream or sys.stderr
+    # A notebook paints stderr red, as an error.
+    target = stream or (sys.stdout if "ipykernel" in sys.modules else sys.stderr)
     live = _LiveLine(target) if target.isatty() else None
     last = 0.0
 

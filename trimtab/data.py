@@ -408,7 +408,9 @@ def expand(paths: Sequence[str]) -> list[Path]:
         here = Path(os.path.expanduser(path))
         # os.path and not Path: it raises for neither an unknown ~user nor a name that is too long
         matches = (
-            [here] if os.path.exists(here) else [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
+            [here]
+            if os.path.exists(here)
+            else [Path(match) for match in sorted(glob.glob(str(here), recursive=True)) if os.path.exists(match)]
         )
         if not matches:
             siblings = [item.name for item in here.parent.iterdir()] if os.path.isdir(here.parent) else []
@@ -504,7 +506,7 @@ def _values(column: Any) -> list[Any]:
 
     try:
         return column.to_pylist()  # type: ignore[no-any-return]
-    except ValueError:  # a time that Python cannot hold: nanoseconds, an unknown zone
+    except (ValueError, OverflowError):  # a time that Python cannot hold: nanoseconds, an unknown zone
         if not pa.types.is_temporal(column.type):
             raise
         return column.cast(pa.int64()).to_pylist()  # type: ignore[no-any-return]
@@ -613,12 +615,17 @@ def _read_csv(path: Path, text: str, encoding: str, delimiter: str) -> Table:
     columns: list[list[str]] = []
     lines: list[int] = []
     ragged: list[Reject] = []
-    start = 1
+    start, blank = 1, []
     try:
         for cells in reader:
             start, line = reader.line_num + 1, start
             if not cells:
+                blank.append(line)
                 continue
+            if len(header) == 1:  # in a file of one column a blank line is an empty text, but not at its end
+                lines += blank
+                columns[0] += [""] * len(blank)
+            blank = []
             if not header:
                 header = cells
                 columns = [[] for _ in header]
@@ -649,6 +656,13 @@ def _read_csv(path: Path, text: str, encoding: str, delimiter: str) -> Table:
 
 
 def _check_header(path: Path, header: list[str]) -> None:
+    if halves := [name for name in header if _HALF.search(name)]:
+        raise DataError(
+            "data.header",
+            f"The name of column {header.index(halves[0]) + 1} holds half a character.",
+            where=str(path),
+            mend="write the name again",
+        )
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
         raise DataError(
@@ -684,6 +698,7 @@ def _read_json(path: Path, text: str, encoding: str) -> Table:
     if not objects and not ragged:
         raise DataError("data.empty", "This file is empty.", where=str(path), mend="one object a text")
     names = list(dict.fromkeys(name for _, item in objects if isinstance(item, dict) for name in item))
+    _check_header(path, names)
     columns: dict[str, list[Any]] = {name: [] for name in names}
     lines: list[int] = []
     for line, item in objects:

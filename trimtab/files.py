@@ -136,7 +136,7 @@ def check_writable(out: str) -> None:
             f'A file "{out}" is none that trimtab writes.',
             mend=f"an ending of {', '.join(_SUFFIXES)}",
         )
-    if not Path(out).expanduser().parent.is_dir():
+    if not os.path.isdir(Path(os.path.expanduser(out)).parent):
         raise ResourceError(
             "out.folder", f"There is no folder {Path(out).parent}.", mend=f"mkdir -p {Path(out).parent}"
         )
@@ -150,12 +150,19 @@ def writing(out: str) -> Iterator[Callable[[TextTable, Sequence[Prediction]], No
     """
     import pyarrow as pa
 
-    path = Path(out).expanduser()
+    path = Path(os.path.expanduser(out))
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with (_parquet if path.suffix.lower() == ".parquet" else _text)(draft, path.suffix.lower()) as append:
             yield append
         draft.replace(path)
+    except UnicodeEncodeError:
+        raise DataError(
+            "out.half_character",
+            "A cell of these rows holds half a character, such as a lone \\ud83d, which no file can hold.",
+            where=out,
+            mend="write that cell again, or leave its column out",
+        ) from None
     except (pa.ArrowException, OverflowError) as error:
         raise DataError(
             "out.types",
@@ -168,7 +175,8 @@ def writing(out: str) -> Iterator[Callable[[TextTable, Sequence[Prediction]], No
             "out.write", f"The answers cannot be written: {error.strerror}.", where=out, mend="--out in another place"
         ) from None
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _answers(predictions: Sequence[Prediction]) -> dict[str, list[Any]]:

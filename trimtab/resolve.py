@@ -29,6 +29,8 @@ from trimtab.model import (
 )
 from trimtab.tokens import Encoded, Tokenizer
 
+_MOST_EPOCHS = 20
+_FEW_ROWS = 100  # one row is a point of accuracy then; the loss moves with every row
 _MOST_TOKENS = 256  # of `auto`: twice the length costs over twice the time, and 256 is what MiniLM was trained with
 
 
@@ -86,7 +88,8 @@ def resolve(layered: Layered) -> Job:
 
     texts = [example.text for example in parts["train"]]
     limits = [limit for limit in (longest_input(skeleton), tokenizer.limit) if limit]
-    found = _settle(recipe, rows["train"], texts, labels, targets, tokenizer, min(limits, default=0), config)
+    limit, eval_rows = min(limits, default=0), len(parts["eval"])
+    found = _settle(recipe, rows["train"], eval_rows, texts, labels, targets, tokenizer, limit, config)
     settled = layered.override({key: value for key, (value, _) in found.items()}, {k: o for k, (_, o) in found.items()})
     paths = {f"data.{role}": [file["path"] for file in rows[role].files] for role in rows}
     paths["base.model"] = str(base.folder)  # type: ignore[assignment]
@@ -107,7 +110,7 @@ def resolve(layered: Layered) -> Job:
         )
         for role, examples in parts.items()
     }
-    warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, labels)
+    warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, labels, eval_rows)
     return Job(
         layered=settled,
         base=base,
@@ -181,6 +184,7 @@ def _check_sums(recipe: Recipe, rows: dict[str, Rows], base: Base) -> dict[str, 
 def _settle(
     recipe: Recipe,
     train: Rows,
+    eval_rows: int,
     texts: Sequence[str],
     labels: Labels,
     targets: Sequence[str],
@@ -210,7 +214,7 @@ def _settle(
     steps = math.ceil(len(texts) / (recipe.train.batch_size * recipe.train.gradient_accumulation_steps))
     if recipe.train.num_epochs == "auto":
         found["train.num_epochs"] = (
-            min(20, max(3, math.ceil(400 / steps))),
+            min(_MOST_EPOCHS, max(3, math.ceil(400 / steps))),
             f"auto: {steps:,} steps an epoch",
         )
     width = int(getattr(config, "hidden_size", 0) or getattr(config, "dim", 0) or 768)
@@ -221,8 +225,12 @@ def _settle(
         counts = Counter(example.label for example in train.examples)
         ratio = max(counts.values()) / min(counts.values())
         found["train.metric_for_best_model"] = (
-            "macro_f1" if ratio > 3 else "accuracy",
-            f"auto: largest class {ratio:.1f} times the smallest",
+            ("loss", f"auto: {eval_rows} evaluation rows are too few to count right answers")
+            if eval_rows < _FEW_ROWS
+            else (
+                "macro_f1" if ratio > 3 else "accuracy",
+                f"auto: largest class {ratio:.1f} times the smallest",
+            )
         )
     return found
 
@@ -234,6 +242,7 @@ def _warnings(
     train: Encoded,
     max_length: int,
     labels: Labels,
+    eval_rows: int,
 ) -> list[str]:
     """What a user should know before training, and what may stop nobody."""
     found = []
@@ -261,6 +270,13 @@ def _warnings(
         if len(same) > 1
     ]
     counts = Counter(train.labels.tolist())
+    if eval_rows < _FEW_ROWS:
+        found.append(f"only {eval_rows} rows judge this run, so its score is a rough one; more rows, or --eval FILE")
+    judged = [example for part in ("eval", "test") if part in rows for example in rows[part].examples]
+    if known := {example.text for example in rows["train"].examples} & {example.text for example in judged}:
+        found.append(
+            f"{len(known):,} texts stand in the training rows and in the evaluation or test rows: scores are too good"
+        )
     small = [labels.values[i] for i in range(len(labels)) if counts[i] < 5]
     if small:
         found.append(f"{len(small)} of {len(labels)} classes have fewer than 5 training rows: {', '.join(small[:5])}")

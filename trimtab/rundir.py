@@ -89,7 +89,7 @@ def create(out: str | None, stem: str) -> RunDir:
     """
     try:
         if out is not None:
-            path = Path(out).expanduser().resolve()
+            path = Path(os.path.expanduser(out)).resolve()
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise RecipeError(
                     "run.exists",
@@ -125,7 +125,10 @@ def _point_latest_to(path: Path) -> None:
         draft.symlink_to(path.name)
     except (OSError, NotImplementedError):  # Windows without the privilege: a file with the name does as well
         draft.write_text(path.name, "utf-8")
-    draft.replace(latest)
+    try:
+        draft.replace(latest)
+    except OSError:  # a folder of the user's has that name: the run goes without the pointer
+        draft.unlink()
 
 
 def locate(path: str | Path) -> Path:
@@ -134,11 +137,11 @@ def locate(path: str | Path) -> Path:
     Raises:
         ArtefactError: there is nothing.
     """
-    place = Path(path).expanduser()
-    if place.is_file() and place.name == "latest":
+    place = Path(os.path.expanduser(path))
+    if place.name == "latest" and place.is_file():
         place = place.parent / place.read_text("utf-8").strip()
-    if not place.is_dir():
-        siblings = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
+    if not os.path.isdir(place):
+        siblings = [item.name for item in place.parent.iterdir()] if os.path.isdir(place.parent) else []
         raise ArtefactError(
             "adapter.missing",
             f"There is no run or adapter {path}.{did_you_mean(place.name, siblings)}",

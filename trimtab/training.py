@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ class Run:
     """A finished run."""
 
     path: Path
-    metrics: dict[str, Any]
+    metrics: dict[str, Any] = field(repr=False)
 
     @property
     def adapter(self) -> Path:
@@ -116,10 +117,13 @@ def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
             where=str(run.path),
             mend="trimtab train FILE",
         )
-    if run.metrics.is_file():
+    if run.adapter.is_dir() and _is_whole(run.metrics):
         metrics = json.loads(run.metrics.read_text("utf-8"))
+        observe({"event": "warning", "text": "this run was finished already; nothing in it was changed"})
         observe({"event": "end", "run": str(run.path), "metrics": metrics})
         return Run(run.path, metrics)
+    for draft in (*run.checkpoints.glob(".tmp-*"), *run.path.glob(".adapter-*")):  # of a process that was killed
+        shutil.rmtree(draft, ignore_errors=True)
     job = resolve(config.load_recipe(str(run.recipe)))
     model, head, parameters = build(job)
     engine = choose(model, job.tokenizer.pad_id, job.placement.device, job.recipe.runtime)
@@ -154,13 +158,20 @@ def count_parameters(layered: Layered, num_labels: int) -> dict[str, Any]:
     ).as_dict()
 
 
+def _is_whole(metrics: Path) -> bool:
+    try:
+        return isinstance(json.loads(metrics.read_text("utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
 @contextmanager
 def _disk_errors(run: RunDir) -> Iterator[None]:
     """Whatever the system refuses while a run is under way is told with the way to go on."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, TrimtabError):
+        if isinstance(error, TrimtabError | BrokenPipeError):  # a closed pipe is the reader's, not the disk's
             raise
         raise ResourceError(
             "run.write",
@@ -209,19 +220,19 @@ def _run(
     chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
     card = report.model_card(job, scores, int(chosen["epoch"]), parameters)
     write_predictions(run.predictions, scored.examples, logits, job.labels)
-    if not run.adapter.exists():
-        adapter.write(
-            run.adapter,
-            model,
-            engine.forward,
-            labels=job.labels,
-            max_length=int(job.recipe.data.max_length),
-            tokenizer=job.tokenizer,
-            base=job.base,
-            head=head,
-            card=card,
-            computed_in=engine.dtype,
-        )
+    shutil.rmtree(run.adapter, ignore_errors=True)  # of an earlier process that was stopped, or damaged since
+    adapter.write(
+        run.adapter,
+        model,
+        engine.forward,
+        labels=job.labels,
+        max_length=int(job.recipe.data.max_length),
+        tokenizer=job.tokenizer,
+        base=job.base,
+        head=head,
+        card=card,
+        computed_in=engine.dtype,
+    )
     verification = _verify_in_fresh_process(run)
     # The fast forward computes no padding.
     padding = 0.0 if engine.name == "fast" else batching.padding_pct(job.train.encoded.lengths, _plan(job, 0))
@@ -314,6 +325,12 @@ def _loop(
                 progress = save(progress)
         progress, logits = _evaluate(job, forward, progress, tell, observe)
         progress = save(replace(progress, epoch=progress.epoch + 1, batch=0), logits)
+    if progress.epoch < int(settings.num_epochs):
+        tell(
+            "warning",
+            text=f"stopped after epoch {progress.epoch} of {settings.num_epochs}: none of the last "
+            f"{settings.early_stopping_patience} was better (train.early_stopping_patience)",
+        )
     return progress
 
 
