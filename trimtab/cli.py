@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -119,6 +120,9 @@ def train(
                 }
             )
         else:
+            print(f"# {len(job.train.examples):,} rows to train on, {len(job.eval.examples):,} to evaluate", end="")
+            print(f", {len(job.test.examples):,} to test" if job.test else "", end="")
+            print(f"; {len(job.labels)} labels")
             print(config.dump(job.layered), end="")
             for warning in job.warnings:
                 print(f"! {warning}", file=sys.stderr)
@@ -162,6 +166,10 @@ def predict(
         raise RecipeError("usage", f'--lang is zh or en, not "{lang}".', mend="--lang zh")
     if bool(texts) + bool(file) > 1:
         raise RecipeError("usage", "Texts and --file were given, where one is expected.", mend="leave one of them out")
+    if texts and len(texts) == 1 and os.path.isfile(texts[0]):
+        raise RecipeError(
+            "usage", f"{texts[0]} is a file, and was given as a text.", mend=f"--file {texts[0]}; or pipe the text in"
+        )
     if text and not file:
         raise RecipeError(
             "usage", "--text names a column of --file, which is not there.", mend="--file FILE --text COLUMN"
