@@ -331,3 +331,13 @@ def test_commands_that_use_an_adapter_take_runtime_settings_and_no_other(call, r
 def test_json_holds_every_character_on_any_stream(run: Path) -> None:
     done = process("predict", run, "差评 🙂", "--json", PYTHONIOENCODING="ascii")
     assert json.loads(done.out)["text"] == "差评 🙂"
+
+
+def test_texts_that_are_trained_on_and_judged_by_are_told(call, bert: Path) -> None:
+    write_csv(Path("a.csv"), reviews(40))
+    told = call("train", "a.csv", "--eval", "a.csv", "--base", bert, "--dry-run")
+    assert "40 texts are both trained on and judged by" in told.err
+    assert told.out.startswith("# 40 rows to train on, 40 to evaluate; 2 labels\n")
+    assert "only 40 rows judge this run" in told.err
+    assert "judged by" not in call("train", "a.csv", "--base", bert, "--dry-run").err
+    assert call("predict", "run", "a.csv").err.startswith("error [usage]: a.csv is a file")

@@ -110,7 +110,7 @@ def resolve(layered: Layered) -> Job:
         )
         for role, examples in parts.items()
     }
-    warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, labels, eval_rows)
+    warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, labels, parts)
     return Job(
         layered=settled,
         base=base,
@@ -242,7 +242,7 @@ def _warnings(
     train: Encoded,
     max_length: int,
     labels: Labels,
-    eval_rows: int,
+    parts: dict[str, list[Example]],
 ) -> list[str]:
     """What a user should know before training, and what may stop nobody."""
     found = []
@@ -270,13 +270,11 @@ def _warnings(
         if len(same) > 1
     ]
     counts = Counter(train.labels.tolist())
-    if eval_rows < _FEW_ROWS:
+    if (eval_rows := len(parts["eval"])) < _FEW_ROWS:
         found.append(f"only {eval_rows} rows judge this run, so its score is a rough one; more rows, or --eval FILE")
-    judged = [example for part in ("eval", "test") if part in rows for example in rows[part].examples]
-    if known := {example.text for example in rows["train"].examples} & {example.text for example in judged}:
-        found.append(
-            f"{len(known):,} texts stand in the training rows and in the evaluation or test rows: scores are too good"
-        )
+    judged = {example.text for role in ("eval", "test") for example in parts.get(role, ())}
+    if known := judged.intersection(texts):
+        found.append(f"{len(known):,} texts are both trained on and judged by: scores are too good")
     small = [labels.values[i] for i in range(len(labels)) if counts[i] < 5]
     if small:
         found.append(f"{len(small)} of {len(labels)} classes have fewer than 5 training rows: {', '.join(small[:5])}")
