@@ -295,8 +295,8 @@ def test_a_forked_process_has_memory_of_its_own(folders: Callable[[str], Path]) 
     passes([0, 1, 2], 1)
     child = os.fork()
     if child == 0:
-        os._exit(0 if passes([2, 4, 5], 400) else 1)
-    same = passes([0, 1, 3], 400)
+        os._exit(0 if passes([2, 4, 5], 200) else 1)
+    same = passes([0, 1, 3], 200)
     assert (same, os.waitpid(child, 0)[1]) == (True, 0)
 
 
@@ -401,7 +401,10 @@ def runs(folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
                 {"data.train": (str(place / "rows.csv"),), "base.model": str(folders(kind))},
                 ["runtime.device=cpu", "train.num_epochs=1", "train.learning_rate=0.05"],
             )
-            made[kind] = training.train(layered, out=str(place / "run")).path
+            with pytest.MonkeyPatch.context() as patch:  # the tests below check what is saved
+                checked = {"largest_difference": 0.0, "seconds": 0.0}
+                patch.setattr(training, "_verify_in_fresh_process", lambda run: checked)
+                made[kind] = training.train(layered, out=str(place / "run")).path
         return made[kind]
 
     return run
