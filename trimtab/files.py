@@ -153,7 +153,8 @@ def writing(out: str) -> Iterator[Callable[[TextTable, Sequence[Prediction]], No
     path = Path(os.path.expanduser(out))
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with (_parquet if path.suffix.lower() == ".parquet" else _text)(draft, path.suffix.lower()) as append:
+        suffix = path.suffix.lower()
+        with _parquet(draft) if suffix == ".parquet" else _text(draft, suffix) as append:
             yield append
         draft.replace(path)
     except UnicodeEncodeError:
@@ -187,7 +188,7 @@ def _answers(predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
 
 
 @contextmanager
-def _parquet(draft: Path, suffix: str) -> Iterator[Callable[[TextTable, Sequence[Prediction]], None]]:
+def _parquet(draft: Path) -> Iterator[Callable[[TextTable, Sequence[Prediction]], None]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
