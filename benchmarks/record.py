@@ -16,12 +16,17 @@ def kind() -> str:
     return "bf16" if has_bf16(processor()) else "avx2"
 
 
+def commit() -> str:
+    """The commit of the code that runs, `-dirty` where files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+
+
 def write(name: str, found: dict[str, Any]) -> None:
     """Writes results/NAME.json and prints the ratios."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", check=True).stdout
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps({"commit": commit.strip(), **rundir.environment(), **found}, indent=2) + "\n", "utf-8")
+    file.write_text(json.dumps({"commit": commit(), **rundir.environment(), **found}, indent=2) + "\n", "utf-8")
     for what, ratio in found.get("ratios", {}).items():
         print(f"{ratio:6.2f}  {what}")
     print(f"written: {file}")

@@ -1,6 +1,6 @@
 """The baseline: the tutorial's recipe on transformers' Trainer and peft. Prints one JSON object.
 
-    python benchmarks/stock.py TRAIN.parquet EVAL.parquet [--tuned] [--seed 42]
+    python benchmarks/stock.py TRAIN.parquet EVAL.parquet [--tuned] [--seed 42] [--out ADAPTER]
 
 As it is: the article's code, brought to today's names of arguments, every other setting the libraries' default; texts
 are padded to 256 tokens by the tokenizer, as the article does. Tuned, as someone who knows the libraries would: no
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("eval")
     parser.add_argument("--tuned", action="store_true")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--out", help="where the adapter of the best epoch is kept")
     asked = parser.parse_args()
 
     folder = str(find_base(MINILM).folder)
@@ -123,6 +124,8 @@ def main() -> None:
         trainer.train()
         seconds = time.monotonic() - began
         scores = trainer.evaluate()
+        if asked.out:
+            model.save_pretrained(asked.out)
     print(
         json.dumps(
             {

@@ -1,15 +1,17 @@
 """The tutorial's recipe end to end: trimtab against stock transformers and peft, as they are and tuned.
 
-    python benchmarks/training.py [--rounds 3]
+    python benchmarks/training.py [--rounds 3] [--keep DIR]
 
-Each round runs every side once, one after another, each in a process of its own; ratios are taken within a round and
-their median over the rounds is what counts. Three rounds take about an hour and a quarter on two AVX2 cores. Writes
-benchmarks/results/training-KIND.json after every round, KIND = bf16 or avx2, with the machine and the commit. Needs
-the extra `demo`.
+Each round runs every side once, one after another, each in a process of its own, with a seed of its own; ratios are
+taken within a round and their median over the rounds is what counts. Three rounds take about an hour and a quarter on
+two AVX2 cores. Writes benchmarks/results/training-KIND.json after every round, KIND = bf16 or avx2, with the machine
+and the commit. What has finished is kept in DIR: a second call goes on from there, and accuracy.py judges the adapters.
+Needs the extra `demo`.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,34 +19,44 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import kind, write
+from record import commit, kind, write
 
 from trimtab import demo
 from trimtab.config import MINILM
 
 HERE = Path(__file__).parent
-KEPT = ("train_seconds", "accuracy", "peak_rss_bytes", "tokens_per_s", "padding_pct")
+SEED = 42
+SIDES: dict[str, tuple[str, ...]] = {
+    "ours": (),
+    "stock": (),
+    "ours, no base dropout": ("--set", "base.dropout=0"),
+    "stock, tuned": ("--tuned",),
+}
+"""What is compared, with the flags that make it so; the first word says whose."""
+_KEPT = ("train_seconds", "accuracy", "peak_rss_bytes", "tokens_per_s", "padding_pct")
 
 
-def stock(files: tuple[Path, Path], *more: str) -> dict[str, Any]:
-    """One run of the baseline."""
-    command = [sys.executable, str(HERE / "stock.py"), *map(str, files), *more]
-    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def ours(files: tuple[Path, Path], *settings: str) -> dict[str, Any]:
-    """One run of trimtab."""
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "run"
-        command = [sys.executable, "-m", "trimtab", "train", str(files[0]), "--eval", str(files[1])]
-        command += ["--recipe", "tutorial", "--base", MINILM, "--out", str(out)]
-        for setting in settings:
-            command += ["--set", setting]
-        subprocess.run(command, check=True)
-        metrics = json.loads((out / "metrics.json").read_text("utf-8"))
-        return {key: metrics[key] for key in KEPT}
+def train(side: str, seed: int, keep: Path) -> tuple[Path, dict[str, Any]]:
+    """The adapter and the figures of one side with one seed; trained now, unless that was done before."""
+    folder = keep / f"{side.replace(', ', '-').replace(' ', '-')}-{seed}"
+    if (folder / "result.json").is_file():
+        return folder / "adapter", json.loads((folder / "result.json").read_text("utf-8"))
+    shutil.rmtree(folder, ignore_errors=True)
+    files = [str(file) for file in demo.prepare(keep)]
+    if side.startswith("ours"):
+        command = [sys.executable, "-m", "trimtab", "train", files[0], "--eval", files[1], "--recipe", "tutorial"]
+        command += ["--base", MINILM, "--set", f"train.seed={seed}", "--out", str(folder), *SIDES[side]]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+        found = {key: metrics[key] for key in _KEPT}
+    else:
+        command = [sys.executable, str(HERE / "stock.py"), *files, "--seed", str(seed), *SIDES[side]]
+        command += ["--out", str(folder / "adapter")]
+        done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+    found |= {"seed": seed, "commit": commit()}
+    (folder / "result.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    return folder / "adapter", found
 
 
 def ratios(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
@@ -57,26 +69,19 @@ def ratios(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
         "tutorial against stock": median("stock", "ours"),
         "tutorial with base.dropout=0 against stock": median("stock", "ours, no base dropout"),
         "tutorial with base.dropout=0 against tuned stock": median("stock, tuned", "ours, no base dropout"),
-        "peak memory of the tutorial, share of stock": 1 / median("stock", "ours", "peak_rss_bytes"),
+        "peak memory of the tutorial, share of stock": median("ours", "stock", "peak_rss_bytes"),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, help="where runs are kept (default: nowhere)")
     asked = parser.parse_args()
     rounds: list[dict[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as place:
-        files = demo.prepare(Path(place))
-        for _ in range(asked.rounds):
-            rounds.append(
-                {
-                    "ours": ours(files),
-                    "stock": stock(files),
-                    "ours, no base dropout": ours(files, "base.dropout=0"),
-                    "stock, tuned": stock(files, "--tuned"),
-                }
-            )
+        for seed in range(SEED, SEED + asked.rounds):
+            rounds.append({side: train(side, seed, asked.keep or Path(place))[1] for side in SIDES})
             write(f"training-{kind()}", {"ratios": ratios(rounds), "rounds": rounds})
 
 

@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pytest
 
 from trimtab import machine
@@ -90,3 +91,10 @@ def test_a_container_limits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_peak_is_counted_in_bytes() -> None:
     now = psutil.Process().memory_info().rss
     assert now / 2 < machine.peak_rss_bytes() < 64 * now
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    pa.array(["a text of some length " * 4] * 500_000)  # 40 MB, freed at once, kept by pyarrow's pool
+    before = psutil.Process().memory_info().rss
+    machine.give_back_freed_memory()
+    assert before - psutil.Process().memory_info().rss > 20e6

@@ -93,3 +93,14 @@ def keep_freed_memory() -> None:
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def give_back_freed_memory() -> None:
+    """Gives the system back what pyarrow and glibc keep of freed memory.
+
+    For the moment between reading files and training: of 20,000 reviews read for 1,000, 160 MB were kept for nothing.
+    """
+    if pyarrow := sys.modules.get("pyarrow"):
+        pyarrow.default_memory_pool().release_unused()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

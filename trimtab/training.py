@@ -30,7 +30,7 @@ from trimtab.errors import ArtefactError, DivergedError, ResourceError, TrimtabE
 from trimtab.evaluation import write_predictions
 from trimtab.forward import Engine, Forward, choose
 from trimtab.hub import find_base
-from trimtab.machine import peak_rss_bytes
+from trimtab.machine import give_back_freed_memory, peak_rss_bytes
 from trimtab.model import count, head_modules, inject, load_base, load_config, resolve_targets, trainable
 from trimtab.resolve import Job, Part, resolve
 from trimtab.rundir import RunDir
@@ -134,6 +134,7 @@ def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
 def build(job: Job) -> tuple[Any, list[str], dict[str, Any]]:
     """The peft model, its head's modules and the parameter report; a function of the job and its seed."""
     recipe = job.recipe
+    give_back_freed_memory()  # the files have been read, the model has not been built
     torch.manual_seed(recipe.train.seed)
     loaded = load_base(job.base.folder, job.model_config)
     head = head_modules(loaded.model, loaded.new_parameters, recipe.lora.also_saved)
