@@ -3,8 +3,12 @@
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from trimtab.resolve import Job
 
 # Small models are slower on two threads than on one, and two spinning test runs on two cores are slower by far.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,6 +35,14 @@ def reviews(rows: int) -> list[tuple[str, str]]:
 def write_csv(path: Path, rows: list[tuple[str, str]], header: str = "text,label") -> Path:
     path.write_text("\n".join([header, *(f"{text},{label}" for text, label in rows)]) + "\n", "utf-8")
     return path
+
+
+def built(job: "Job") -> tuple[Any, list[str], dict[str, Any]]:
+    """The model of a job, the modules trained in full, and the parameter report."""
+    from trimtab import training
+
+    ready = training.make_ready(job)
+    return ready.model, ready.head, ready.parameters
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,10 @@ import pytest
 import torch
 import transformers
 from bases import write_base
+from conftest import built
 from safetensors.torch import load_file, save_file
 
-from trimtab import adapter, config, predict, training
+from trimtab import adapter, config, predict
 from trimtab.classification import Labels
 from trimtab.config import MINILM
 from trimtab.errors import ArtefactError, BaseModelError
@@ -41,7 +42,8 @@ from trimtab.resolve import resolve
 rows, base, out = sys.argv[1:]
 flags = {"data.train": (rows,), "base.model": base, "data.names": {"0": "差评/negative", "1": "好评/positive"}}
 job = resolve(config.assemble("default", flags, ["runtime.device=cpu", "runtime.threads=1"]))
-model, head, _ = training.build(job)
+ready = training.make_ready(job)
+model, head = ready.model, ready.head
 adapter.write(Path(out), model, stock(model, job.tokenizer.pad_id), labels=job.labels, max_length=32,
               tokenizer=job.tokenizer, base=job.base, head=head, card="# A card\\n")
 """
@@ -81,7 +83,7 @@ def make_job(place: Path) -> Job:
 
 
 def build(job: Job) -> tuple[Job, Any, list[str]]:
-    model, head, _ = training.build(job)
+    model, head, _ = built(job)
     return job, model, head
 
 

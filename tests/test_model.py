@@ -19,10 +19,11 @@ from bases import (
     write_decoder,
     write_roberta_from_minilm,
 )
+from conftest import built
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from trimtab import adapter, config, tokens, training
+from trimtab import adapter, config, tokens
 from trimtab.classification import compute_logits, loss_sum
 from trimtab.errors import BaseModelError, RecipeError
 from trimtab.forward import stock
@@ -173,7 +174,7 @@ def test_lora_and_whatever_the_base_did_not_bring_is_trained_and_nothing_else(
     job = make_job(base(kind))
     new = load_base(job.base.folder, job.model_config).new_parameters
 
-    model, head, _ = training.build(job)
+    model, head, _ = built(job)
 
     assert head == HEADS.get(kind, ["classifier"])
     names = set(trainable(model))
@@ -190,7 +191,7 @@ def test_lora_and_whatever_the_base_did_not_bring_is_trained_and_nothing_else(
 def test_the_closed_form_counts_what_is_really_there(
     base: Callable[[str], Path], make_job: Callable[..., Job], kind: str, variant: str
 ) -> None:
-    model, _, parameters = training.build(make_job(base(kind), f"lora.variant={variant}", "lora.r=3"))
+    model, _, parameters = built(make_job(base(kind), f"lora.variant={variant}", "lora.r=3"))
 
     assert parameters["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert parameters["total"] == sum(p.numel() for p in model.parameters())
@@ -204,7 +205,7 @@ def test_the_closed_form_counts_what_is_really_there(
 def test_a_variant_is_what_its_name_says(
     base: Callable[[str], Path], make_job: Callable[..., Job], variant: str, scale: float, magnitudes: bool
 ) -> None:
-    model, _, _ = training.build(make_job(base("bert"), f"lora.variant={variant}"))
+    model, _, _ = built(make_job(base("bert"), f"lora.variant={variant}"))
 
     layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     assert {layer.scaling["default"] for layer in layers} == {scale}
@@ -219,7 +220,7 @@ def test_a_trained_adapter_answers_the_same_after_loading_here_and_by_plain_peft
     base: Callable[[str], Path], make_job: Callable[..., Job], tmp_path: Path, kind: str, variant: str
 ) -> None:
     job = make_job(base(kind), f"lora.variant={variant}")
-    model, head, _ = training.build(job)
+    model, head, _ = built(job)
     before = logits_of(model, job)
     train_two_steps(model, job)
     after = logits_of(model, job)
@@ -245,7 +246,7 @@ def test_a_base_that_brings_a_head(
     classifier.save_pretrained(folder)
     job = make_job(folder)
 
-    model, head, _ = training.build(job)
+    model, head, _ = built(job)
 
     # Of the same size, all that stands beside the base proper is the head; BERT's pooler is part of the base.
     brings_pooler = kind == "bert" or (kind == "deberta-v2" and classes == 5)
@@ -287,7 +288,7 @@ def test_weights_that_do_not_fill_the_base_proper_are_refused_not_trained_from_n
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changed), "utf-8")
 
     with pytest.raises(BaseModelError, match="does not bring"):
-        training.build(make_job(folder))
+        built(make_job(folder))
 
 
 def test_shared_weights_are_not_mistaken_for_a_head() -> None:
@@ -316,7 +317,7 @@ def test_a_wrong_target_module_is_answered_with_what_the_model_has(
     base: Callable[[str], Path], make_job: Callable[..., Job], wanted: str, expected: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        training.build(make_job(base("bert"), f"lora.target_modules={wanted}"))
+        built(make_job(base("bert"), f"lora.target_modules={wanted}"))
 
     message = str(caught.value)
     assert expected in message
@@ -329,7 +330,7 @@ def test_a_wrong_target_module_is_answered_with_what_the_model_has(
 def test_names_that_also_match_the_head_count_and_adapt_only_the_blocks(
     base: Callable[[str], Path], make_job: Callable[..., Job], wanted: str
 ) -> None:
-    model, _, parameters = training.build(make_job(base("bert"), f"lora.target_modules={wanted}"))
+    model, _, parameters = built(make_job(base("bert"), f"lora.target_modules={wanted}"))
 
     assert parameters["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert all("encoder.layer" in name for name in trainable(model) if ".lora_" in name)
@@ -345,7 +346,7 @@ def test_a_base_without_linear_layers_is_refused_or_counted_right(
     ids = {"bos_token_id": 0, "eos_token_id": 1}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes, **ids)).save_pretrained(folder)
     try:
-        model, _, parameters = training.build(make_job(folder, f"lora.target_modules={preset}"))
+        model, _, parameters = built(make_job(folder, f"lora.target_modules={preset}"))
     except (RecipeError, BaseModelError) as error:
         assert "gpt2" in str(error).casefold()  # noqa: PT017
     else:
@@ -359,14 +360,14 @@ def test_a_wrong_module_to_save_is_named(
     base: Callable[[str], Path], make_job: Callable[..., Job], also: str, expected: str
 ) -> None:
     with pytest.raises(RecipeError, match=r"lora\.modules_to_save") as caught:
-        training.build(make_job(base("bert"), f"lora.modules_to_save={also}"))
+        built(make_job(base("bert"), f"lora.modules_to_save={also}"))
     assert expected in str(caught.value)
 
 
 def test_a_module_to_save_is_trained_beside_the_head(base: Callable[[str], Path], make_job: Callable[..., Job]) -> None:
     also = "bert.encoder.layer.1.output.dense"
     job = make_job(base("bert"), f"lora.modules_to_save={also}")
-    model, head, parameters = training.build(job)
+    model, head, parameters = built(job)
 
     assert set(head) == {also, "bert.pooler", "classifier"}
     assert parameters["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -386,7 +387,7 @@ def test_a_text_of_600_tokens_is_cut_to_what_the_base_takes(
     base: Callable[[str], Path], make_job: Callable[..., Job], kind: str
 ) -> None:
     job = make_job(base(kind), "data.max_length=600")
-    model, _, _ = training.build(job)
+    model, _, _ = built(job)
     encoded = tokens.encode(["film " * 600], job.tokenizer, int(job.recipe.data.max_length))
 
     assert encoded.lengths.tolist() == [MAX_TOKENS]
@@ -401,7 +402,7 @@ def test_a_decoder_reads_the_last_token_before_the_padding_that_we_write(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 5}))
     job = make_job(folder)
-    model, _, _ = training.build(job)
+    model, _, _ = built(job)
     encoded = tokens.encode(["a film", "a very good film and a great story"], job.tokenizer, 48)
     run = stock(model, job.tokenizer.pad_id)
     with torch.no_grad():
@@ -418,7 +419,7 @@ def test_roberta_with_the_weights_of_minilm_takes_512_tokens_and_no_more(
     assert longest_input(skeleton(roberta_from_minilm)) == 512
 
     job = make_job(roberta_from_minilm, "data.max_length=600")
-    model, _, _ = training.build(job)
+    model, _, _ = built(job)
     encoded = tokens.encode(["film " * 600, "a film"], job.tokenizer, int(job.recipe.data.max_length))
 
     assert encoded.lengths.tolist() == [512, 4]
@@ -430,7 +431,7 @@ def test_roberta_with_the_weights_of_minilm_sees_what_bert_sees(
 ) -> None:
     texts = ["An unforgettable film: warm, funny and beautifully acted.", "Dull.", "It is fine, I suppose."]
     job = make_job(roberta_from_minilm)
-    model, head, parameters = training.build(job)
+    model, head, parameters = built(job)
     assert head == ["classifier"]
     bert = AutoModel.from_pretrained(minilm_folder(), dtype=torch.float32).eval()
     hidden = {}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import reviews, write_csv
+from conftest import built, reviews, write_csv
 
 import trimtab
 from trimtab import batching, checkpoint, config, training
@@ -225,7 +225,7 @@ def test_the_tutorial_does_what_transformers_trainer_does(csv_file: Path, still_
     job = resolve(layered.override(settings, "test"))
     run = training.train(layered.override(settings, "test"), out=str(tmp_path / "ours"))
 
-    model, _, _ = training.build(job)
+    model, _, _ = built(job)
     pad = job.tokenizer.pad_id
 
     def collate(rows: list[int]) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ def train(
     recipe: str | Path = "default",
     settings: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
+    budget: str = "",
     observe: Observer | None = None,
 ) -> Run:
     """Fine-tunes a LoRA adapter on labelled files, judges it, and saves it in a run directory.
@@ -41,6 +42,7 @@ def train(
         recipe: `default`, `tutorial`, or a TOML file such as a run's recipe.toml.
         settings: Any other setting by its key: `{"lora.r": 16, "train.num_epochs": 2}`.
         out: The run directory; None: a new one under ./runs.
+        budget: Time that training may take, such as `5m` or `1h30m`: epochs and rows are chosen to fit.
         observe: Receives every event; None: progress is printed to stderr.
 
     Returns:
@@ -61,7 +63,7 @@ def train(
     layered = config.assemble(str(recipe), {key: value for key, value in flags.items() if value is not None})
     layered = layered.override(settings or {}, "settings")
     with console.progress() as printed:
-        return training.train(layered, out=None if out is None else str(out), observe=observe or printed)
+        return training.train(layered, out=None if out is None else str(out), budget=budget, observe=observe or printed)
 
 
 def evaluate(

@@ -36,6 +36,28 @@ BadRows = Annotated[
     str | None,
     typer.Option("--bad-rows", metavar="error|skip", help="Rows that cannot be used: stop, or set aside."),
 ]
+Files = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FILE...]", help="Labelled rows: parquet, CSV, TSV, JSONL, .gz, a glob or hf://datasets/..."
+    ),
+]
+EvalFiles = Annotated[
+    list[str] | None,
+    typer.Option("--eval", metavar="FILE", help="Rows that choose the epoch; else a tenth of FILE."),
+]
+TestFiles = Annotated[
+    list[str] | None,
+    typer.Option("--test", metavar="FILE", help="Rows scored once, at the end: then the headline."),
+]
+RecipeOption = Annotated[
+    str,
+    typer.Option("--recipe", metavar="NAME|FILE", help="default, tutorial, or a TOML file such as RUN/recipe.toml."),
+]
+Budget = Annotated[
+    str,
+    typer.Option("--budget", metavar="TIME", help="5m, 90s, 1h30m: epochs, then rows, are chosen to fit."),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the recipe, as in lora.r=16; again for more."),
@@ -48,21 +70,9 @@ Runtime = Annotated[
 
 @app.command()
 def train(
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[FILE...]",
-            help="Labelled rows: parquet, CSV, TSV, JSONL, .gz, a glob or hf://datasets/...",
-        ),
-    ] = None,
-    eval_files: Annotated[
-        list[str] | None,
-        typer.Option("--eval", metavar="FILE", help="Rows that choose the epoch; else a tenth of FILE."),
-    ] = None,
-    test_files: Annotated[
-        list[str] | None,
-        typer.Option("--test", metavar="FILE", help="Rows scored once, at the end: then the headline."),
-    ] = None,
+    files: Files = None,
+    eval_files: EvalFiles = None,
+    test_files: TestFiles = None,
     text: Text = None,
     label: Label = None,
     names: Annotated[
@@ -70,14 +80,12 @@ def train(
         typer.Option(metavar="LABEL=ZH/EN,...", help="Display names: 0=差评/negative,1=好评/positive"),
     ] = None,
     base: BaseOption = None,
-    recipe: Annotated[
-        str,
-        typer.Option(metavar="NAME|FILE", help="default, tutorial, or a TOML file such as RUN/recipe.toml."),
-    ] = "default",
+    recipe: RecipeOption = "default",
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="The run directory; else a new one under ./runs.")
     ] = None,
     settings: Settings = None,
+    budget: Budget = "",
     bad_rows: BadRows = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")] = None,
     dry_run: Annotated[
@@ -89,24 +97,18 @@ def train(
     """Fine-tune an adapter on labelled files."""
     from trimtab import config, console, training
 
-    flags = {
-        "data.train": tuple(files or ()),
-        "data.eval": tuple(eval_files or ()),
-        "data.test": tuple(test_files or ()),
-        "data.text": text,
-        "data.label": label,
-        "data.names": names,
-        "base.model": base,
-        "data.bad_rows": bad_rows,
-    }
-    given = {key: value for key, value in flags.items() if value}
-    if resume and (given or settings or out or dry_run or recipe != "default"):
+    given = _given(files, eval_files, test_files, text, label, base, bad_rows, names)
+    if resume and (given or settings or out or dry_run or budget or recipe != "default"):
         raise RecipeError(
             "usage",
             "--resume goes on as the run's own recipe.toml says; it takes no file, setting or flag but --json.",
             mend=f"trimtab train --resume {resume}",
         )
     layered = config.assemble(recipe, given, settings or [])
+    if dry_run and budget:
+        raise RecipeError(
+            "usage", "--dry-run measures nothing, and --budget must.", mend=f"trimtab estimate FILE --budget {budget}"
+        )
     if dry_run:
         from trimtab.resolve import resolve
 
@@ -129,10 +131,39 @@ def train(
         return
     with console.progress() as printed, _resume_hint() as noted:
         observe = _both(noted, _json_event if as_json else printed)
-        run = training.resume(resume, observe=observe) if resume else training.train(layered, out=out, observe=observe)
+        if resume:
+            run = training.resume(resume, observe=observe)
+        else:
+            run = training.train(layered, out=out, budget=budget, observe=observe)
     if not as_json:
         shown = _shown(run.path)
         print(f'all of it in {shown}; try it:\n  trimtab predict {shown} "a text of yours"')
+
+
+@app.command()
+def estimate(
+    files: Files = None,
+    eval_files: EvalFiles = None,
+    test_files: TestFiles = None,
+    text: Text = None,
+    label: Label = None,
+    base: BaseOption = None,
+    recipe: RecipeOption = "default",
+    settings: Settings = None,
+    budget: Budget = "",
+    bad_rows: BadRows = None,
+    as_json: Json = False,
+) -> None:
+    """Tell how long training would take, and how much memory; nothing is written."""
+    from trimtab import config, console, training
+
+    given = _given(files, eval_files, test_files, text, label, base, bad_rows)
+    planned = training.plan(config.assemble(recipe, given, settings or []), budget)
+    if as_json:
+        _json(planned.as_dict())
+    else:
+        for line in console.plan_lines(planned.as_dict()):
+            print(line)
 
 
 @app.command()
@@ -363,6 +394,30 @@ def _json(value: object) -> None:
 def _json_event(event: Mapping[str, Any]) -> None:
     if event["event"] != "progress":
         _json(event)
+
+
+def _given(
+    files: list[str] | None,
+    eval_files: list[str] | None,
+    test_files: list[str] | None,
+    text: str | None,
+    label: str | None,
+    base: str | None,
+    bad_rows: str | None,
+    names: str | None = None,
+) -> dict[str, object]:
+    """The flags that were used, as keys of the recipe."""
+    flags = {
+        "data.train": tuple(files or ()),
+        "data.eval": tuple(eval_files or ()),
+        "data.test": tuple(test_files or ()),
+        "data.text": text,
+        "data.label": label,
+        "data.names": names,
+        "base.model": base,
+        "data.bad_rows": bad_rows,
+    }
+    return {key: value for key, value in flags.items() if value}
 
 
 def _both(first: "Observer", second: "Observer") -> "Observer":

@@ -83,6 +83,8 @@ def event_lines(event: Mapping[str, Any]) -> list[str]:
         return [f"! {event['text']}"]
     if kind == "resume":
         return [f"resume  from {event['path']}"]
+    if kind == "forecast":
+        return [f"plan    after {event['step']} steps: {duration(event['remaining_s'])} of training left"]
     if kind == "step":
         return [
             f"step    {event['step']:,}/{event['steps']:,}  loss {event['loss']:.4f}  "
@@ -114,7 +116,36 @@ def _start_lines(event: Mapping[str, Any]) -> list[str]:
         f"plan    {recipe['train']['num_epochs']} epochs of {event['steps_per_epoch']:,} steps, batches of "
         f"{recipe['train']['batch_size']}, learning rate {recipe['train']['learning_rate']:g}, "
         f"cut at {recipe['data']['max_length']} tokens",
+        *_cost_lines(event),
     ]
+
+
+def plan_lines(planned: Mapping[str, Any]) -> list[str]:
+    """What `trimtab estimate` says; `planned` is `Planned.as_dict()`."""
+    found = planned["estimate"]
+    each = planned["tokens"] / planned["rows"]
+    return [
+        f"data    {planned['rows']:,} rows to train on, {each:.0f} tokens each, {planned['eval_rows']:,} to evaluate"
+        + (f", {planned['test_rows']:,} to test" if planned["test_rows"] else ""),
+        f"on      {planned['on']}",
+        f"plan    {found['epochs']} epochs, {found['steps']:,} steps: {duration(found['epoch_seconds'])} an epoch, "
+        f"{duration(found['eval_seconds'])} its evaluation",
+        *_cost_lines(planned),
+    ]
+
+
+def _cost_lines(event: Mapping[str, Any]) -> list[str]:
+    """Time and memory, and what a budget has chosen; nothing where a run goes on."""
+    lines = []
+    if event["budget"]:
+        chosen = ", ".join(f"{key} = {value}" for key, value in event["budget"].items())
+        lines.append(f"budget  {chosen}")
+    if found := event["estimate"]:
+        lines.append(
+            f"        about {duration(found['train_seconds'])} of training and {found['peak_bytes'] / 1e9:.1f} GB of "
+            f"memory ({found['available_bytes'] / 1e9:.1f} GB are free)"
+        )
+    return lines
 
 
 def _end_lines(event: Mapping[str, Any]) -> list[str]:

@@ -22,11 +22,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trimtab import adapter, batching, checkpoint, config, report, rundir
+from trimtab import adapter, batching, checkpoint, config, estimate, report, rundir
 from trimtab.classification import compute_logits, loss_sum, metrics
 from trimtab.config import MINILM, Layered, TrainSettings
 from trimtab.data import Reject
 from trimtab.errors import ArtefactError, DivergedError, ResourceError, TrimtabError
+from trimtab.estimate import Estimate
 from trimtab.evaluation import write_predictions
 from trimtab.forward import Engine, Forward, choose
 from trimtab.hub import find_base
@@ -39,6 +40,7 @@ Observer = Callable[[Mapping[str, Any]], None]
 """Receives every event of a run, and `progress` events that are not stored."""
 
 _LOWER_IS_BETTER = {"loss"}
+_FORECAST_STEPS = 20  # after which the remaining time is told again, from steps that were done
 
 
 @dataclass(frozen=True)
@@ -73,32 +75,34 @@ class Progress:
     tokens: int = 0
     """Real tokens trained on."""
     step_seconds: float = 0.0
+    eval_seconds: float = 0.0
     recipe_sha256: str = ""
     """Of the recipe.toml that the run was started with."""
     train_seconds: float = 0.0
     """Of earlier processes and this one, up to the last checkpoint."""
 
 
-def train(layered: Layered, *, out: str | None = None, observe: Observer = lambda event: None) -> Run:
+def train(layered: Layered, *, out: str | None = None, budget: str = "", observe: Observer = lambda event: None) -> Run:
     """Trains as the recipe says, in a new run directory.
 
     Args:
         layered: The recipe; `trimtab.config.assemble` builds one.
         out: The run directory; None: a new one under ./runs.
+        budget: Time that training may take, such as `5m`: epochs and rows are chosen to fit; empty: no limit.
         observe: Receives every event as it happens.
 
     Raises:
         TrimtabError: whatever cannot be, before anything is written; DivergedError while training.
     """
     started = time.monotonic()
-    job = resolve(layered)
-    model, head, parameters = build(job)
-    engine = choose(model, job.tokenizer.pad_id, job.placement.device, job.recipe.runtime)
+    planned = plan(layered, budget)
+    job = planned.ready.job
+    estimate.check_memory(job, planned.speed, planned.estimate)
     run = rundir.create(out, Path(job.recipe.data.train[0]).name.partition(".")[0])
     with _disk_errors(run):
         run.recipe.write_text(config.dump(job.layered), "utf-8")
-        _describe(run, job, engine)
-        return _run(run, job, model, engine, head, parameters, started, observe)
+        _describe(run, job, planned.ready.engine)
+        return _run(run, planned.ready, planned.estimate, started, observe)
 
 
 def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
@@ -124,15 +128,64 @@ def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
         return Run(run.path, metrics)
     for draft in (*run.checkpoints.glob(".tmp-*"), *run.path.glob(".adapter-*")):  # of a process that was killed
         shutil.rmtree(draft, ignore_errors=True)
-    job = resolve(config.load_recipe(str(run.recipe)))
-    model, head, parameters = build(job)
-    engine = choose(model, job.tokenizer.pad_id, job.placement.device, job.recipe.runtime)
+    ready = make_ready(resolve(config.load_recipe(str(run.recipe))))
     with _disk_errors(run):
-        return _run(run, job, model, engine, head, parameters, started, observe)
+        return _run(run, ready, None, started, observe)
 
 
-def build(job: Job) -> tuple[Any, list[str], dict[str, Any]]:
-    """The peft model, its head's modules and the parameter report; a function of the job and its seed."""
+@dataclass(frozen=True)
+class Ready:
+    """A run before its first step: the job, the model that it will train, and what computes it."""
+
+    job: Job
+    model: Any
+    head: list[str]
+    """The modules that are trained in full."""
+    parameters: dict[str, Any]
+    """The parameter report."""
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that is ready, and what it will cost."""
+
+    ready: Ready
+    speed: estimate.Speed
+    estimate: Estimate
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `trimtab estimate`."""
+        job = self.ready.job
+        return {
+            "rows": len(job.train.examples),
+            "eval_rows": len(job.eval.examples),
+            "test_rows": len(job.test.examples) if job.test else 0,
+            "tokens": int(job.train.encoded.lengths.sum()),
+            "on": f"{job.placement.line}, {self.ready.engine.line}",
+            "budget": _chosen_by_budget(job),
+            "estimate": self.estimate.as_dict(),
+        }
+
+
+def plan(layered: Layered, budget: str = "") -> Planned:
+    """Makes a run ready and tries out a batch of it; with a budget, chooses epochs and rows that fit.
+
+    Raises:
+        TrimtabError: whatever cannot be.
+    """
+    seconds = estimate.parse_budget(budget) if budget else math.inf
+    ready = make_ready(resolve(layered))
+    speed = estimate.measure(ready.job, ready.model, ready.engine)
+    found = estimate.estimate(ready.job, ready.model, ready.engine, speed)
+    if values := estimate.within(seconds, ready.job, found):
+        ready = replace(ready, job=resolve(ready.job.layered.override(values, f"--budget {budget}")))
+        found = estimate.estimate(ready.job, ready.model, ready.engine, speed)
+    return Planned(ready, speed, found)
+
+
+def make_ready(job: Job) -> Ready:
+    """Builds the model of a job and chooses its forward; a function of the job and its seed."""
     recipe = job.recipe
     give_back_freed_memory()  # the files have been read, the model has not been built
     torch.manual_seed(recipe.train.seed)
@@ -140,8 +193,16 @@ def build(job: Job) -> tuple[Any, list[str], dict[str, Any]]:
     head = head_modules(loaded.model, loaded.new_parameters, recipe.lora.also_saved)
     targets = recipe.lora.target_modules
     parameters = count(loaded.model, recipe.lora, targets, head).as_dict()
-    model = inject(loaded.model, recipe.lora, targets, head, job.base.recorded_as)
-    return model.to(job.placement.device), head, parameters
+    model = inject(loaded.model, recipe.lora, targets, head, job.base.recorded_as).to(job.placement.device)
+    engine = choose(model, job.tokenizer.pad_id, job.placement.device, recipe.runtime)
+    return Ready(job, model, head, parameters, engine)
+
+
+def _chosen_by_budget(job: Job) -> dict[str, Any]:
+    """What `--budget` has settled, by key."""
+    tables = job.recipe.model_dump(mode="json")
+    keys = [key for key, origin in job.layered.origins.items() if origin.startswith("--budget")]
+    return {key: tables[key.partition(".")[0]][key.partition(".")[2]] for key in keys}
 
 
 def count_parameters(layered: Layered, num_labels: int) -> dict[str, Any]:
@@ -182,16 +243,9 @@ def _disk_errors(run: RunDir) -> Iterator[None]:
         ) from error
 
 
-def _run(
-    run: RunDir,
-    job: Job,
-    model: Any,
-    engine: Engine,
-    head: list[str],
-    parameters: dict[str, Any],
-    started: float,
-    observe: Observer,
-) -> Run:
+def _run(run: RunDir, ready: Ready, found: Estimate | None, started: float, observe: Observer) -> Run:
+    job, model, engine = ready.job, ready.model, ready.engine
+
     def tell(event: str, **values: Any) -> None:
         line = {"event": event, "time": round(time.time(), 3), **values}
         run.append(line)
@@ -207,8 +261,10 @@ def _run(
         labels=list(job.labels.values),
         base_line=_base_line(job),
         steps_per_epoch=_steps_per_epoch(job),
-        parameters={key: value for key, value in parameters.items() if key != "layers"},
+        parameters={key: value for key, value in ready.parameters.items() if key != "layers"},
         placement=f"{job.placement.line}, {engine.line}",
+        budget=_chosen_by_budget(job),
+        estimate=found.as_dict() if found else None,
         recipe=job.recipe.model_dump(mode="json", exclude={"sha256"}),
     )
     for warning in job.warnings:
@@ -219,7 +275,7 @@ def _run(
     _restore(model, best.tensors)
     scored, logits, scores = _score(job, engine.forward, best)
     chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
-    card = report.model_card(job, scores, int(chosen["epoch"]), parameters)
+    card = report.model_card(job, scores, int(chosen["epoch"]), ready.parameters)
     write_predictions(run.predictions, scored.examples, logits, job.labels)
     shutil.rmtree(run.adapter, ignore_errors=True)  # of an earlier process that was stopped, or damaged since
     adapter.write(
@@ -230,7 +286,7 @@ def _run(
         max_length=int(job.recipe.data.max_length),
         tokenizer=job.tokenizer,
         base=job.base,
-        head=head,
+        head=ready.head,
         card=card,
         computed_in=engine.dtype,
     )
@@ -242,13 +298,15 @@ def _run(
         "epoch": int(chosen["epoch"]),
         "step": progress.best_step,
         "evaluations": progress.evaluations,
-        "trainable_parameters": parameters["trainable"],
+        "trainable_parameters": ready.parameters["trainable"],
         "adapter_bytes": sum(file.stat().st_size for file in run.adapter.glob("adapter_*")),
         "largest_difference_after_reload": verification["largest_difference"],
         "tokens_per_s": progress.tokens / max(progress.step_seconds, 1e-9),
         "padding_pct": padding,
         "load_seconds": load_seconds,
         "train_seconds": progress.train_seconds,
+        "estimated_train_seconds": found.train_seconds if found else None,
+        "estimated_peak_bytes": found.peak_bytes if found else None,
         "verify_seconds": verification["seconds"],
         "total_seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -268,7 +326,8 @@ def _loop(
     total_steps = _steps_per_epoch(job) * int(settings.num_epochs)
     progress = _load_newest(run, parameters, optimizer, tell)
     began = last_save = time.monotonic()
-    earlier = progress.train_seconds
+    earlier, first_step = progress.train_seconds, progress.step
+    epoch_tokens, eval_tokens = int(job.train.encoded.lengths.sum()), int(job.eval.encoded.lengths.sum())
 
     def save(progress: Progress, logits: npt.NDArray[np.float32] | None = None) -> Progress:
         nonlocal last_save
@@ -283,12 +342,12 @@ def _loop(
         return progress
 
     while progress.epoch < int(settings.num_epochs) and not _is_over(progress, settings):
-        plan = _plan(job, progress.epoch)
-        while progress.batch < len(plan):
-            group = plan[progress.batch : progress.batch + settings.gradient_accumulation_steps]
+        batches = _plan(job, progress.epoch)
+        while progress.batch < len(batches):
+            group = batches[progress.batch : progress.batch + settings.gradient_accumulation_steps]
             step_began = time.monotonic()
             rate = float(settings.learning_rate) * schedule(progress.step, total_steps, settings.warmup_ratio)
-            first_batch = progress.epoch * len(plan) + progress.batch
+            first_batch = progress.epoch * len(batches) + progress.batch
             loss, rows, tokens = _step(job, forward, parameters, optimizer, group, rate, first_batch)
             progress = replace(
                 progress,
@@ -299,7 +358,16 @@ def _loop(
                 tokens=progress.tokens + tokens,
                 step_seconds=progress.step_seconds + time.monotonic() - step_began,
             )
-            epoch_done = progress.epoch + progress.batch / len(plan)
+            epoch_done = progress.epoch + progress.batch / len(batches)
+            remaining = estimate.remaining_seconds(
+                step_seconds=progress.step_seconds,
+                tokens=progress.tokens,
+                tokens_left=epoch_tokens * int(settings.num_epochs) - progress.tokens,
+                eval_seconds=progress.eval_seconds,
+                evals=len(progress.evaluations),
+                evals_left=int(settings.num_epochs) - len(progress.evaluations),
+                eval_tokens=eval_tokens,
+            )
             observe(
                 {
                     "event": "progress",
@@ -308,9 +376,11 @@ def _loop(
                     "epoch": epoch_done,
                     "loss": loss / rows,
                     "tokens_per_s": progress.tokens / max(progress.step_seconds, 1e-9),
-                    "remaining_s": progress.step_seconds / progress.step * (total_steps - progress.step),
+                    "remaining_s": remaining,
                 }
             )
+            if progress.step - first_step == _FORECAST_STEPS < total_steps - first_step:
+                tell("forecast", step=progress.step, remaining_s=round(remaining, 1))
             if progress.step % settings.log_every_steps == 0:
                 tell(
                     "step",
@@ -322,7 +392,7 @@ def _loop(
                     tokens_per_s=progress.tokens / max(progress.step_seconds, 1e-9),
                 )
                 progress = replace(progress, window_loss=0.0, window_rows=0)
-            if time.monotonic() - last_save > settings.save_every_s and progress.batch < len(plan):
+            if time.monotonic() - last_save > settings.save_every_s and progress.batch < len(batches):
                 progress = save(progress)
         progress, logits = _evaluate(job, forward, progress, tell, observe)
         progress = save(replace(progress, epoch=progress.epoch + 1, batch=0), logits)
@@ -387,6 +457,7 @@ def _evaluate(
         done += rows
         observe({"event": "progress", "evaluated": done, "eval_rows": len(job.eval.encoded)})
 
+    began = time.monotonic()
     logits = compute_logits(forward, job.eval.encoded, after_batch=after_batch)
     scores = metrics(logits, job.eval.encoded.labels, job.labels.values)
     entry = {
@@ -397,6 +468,7 @@ def _evaluate(
     better = _is_better(entry, progress, metric)
     progress = replace(
         progress,
+        eval_seconds=progress.eval_seconds + time.monotonic() - began,
         evaluations=[*progress.evaluations, entry],
         best_step=progress.step if better else progress.best_step,
         epochs_without_better=0 if better else progress.epochs_without_better + 1,

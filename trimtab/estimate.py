@@ -1,0 +1,288 @@
+"""What a run will cost, told before it is paid: seconds and bytes, from one batch of it that is tried out here.
+
+The batch is a usual one of the run's own plan, on its own model: shapes, dropout, threads and whatever else keeps this
+machine busy are in the figure, and no table of machines has to be right. A second or two buys it.
+"""
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+
+from trimtab import batching
+from trimtab.classification import loss_sum
+from trimtab.errors import RecipeError, ResourceError
+from trimtab.forward import Engine
+from trimtab.machine import available_memory, peak_rss_bytes
+from trimtab.resolve import Job
+
+_MOST_TOKENS = 1_024  # of the batch that is tried out: a larger one costs the same a token
+_PATIENCE_S = 1.0  # after which it is not repeated
+_FEWEST_EPOCHS = 2  # a budget takes epochs down to this, then rows
+_EVALUATION_SHARE = 0.2  # of a budget; what is left of the evaluation rows still gives an interval
+_FEWEST_ROWS = 100  # that a budget leaves for evaluation, and for training
+_SPARE = 0.95  # of a budget, for what the machine may do meanwhile
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a unit of work costs here, see `work`; and memory."""
+
+    train_seconds: float
+    """Forward and backward, a unit."""
+    eval_seconds: float
+    """Forward alone, a unit."""
+    train_bytes: float
+    """A token of the largest batch of a training step."""
+    eval_bytes: float
+    resident_bytes: int
+    """With the model loaded, before any batch of size."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take."""
+
+    epochs: int
+    steps: int
+    """Optimizer steps, all epochs together."""
+    epoch_seconds: float
+    eval_seconds: float
+    """One pass over the evaluation rows, after each epoch."""
+    test_seconds: float
+    peak_bytes: int
+    available_bytes: int
+    """That the machine or its container had left when this was told."""
+
+    @property
+    def train_seconds(self) -> float:
+        """From the first step to the last evaluation, as `train_seconds` of a finished run."""
+        return self.epochs * (self.epoch_seconds + self.eval_seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For events and programs."""
+        return {
+            "train_seconds": round(self.train_seconds, 1),
+            "epoch_seconds": round(self.epoch_seconds, 1),
+            "eval_seconds": round(self.eval_seconds, 1),
+            "test_seconds": round(self.test_seconds, 1),
+            "epochs": self.epochs,
+            "steps": self.steps,
+            "peak_bytes": self.peak_bytes,
+            "available_bytes": self.available_bytes,
+        }
+
+
+def work(model: Any, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Multiply-adds of a forward, by row: a product with every weight for each token, and attention for each pair.
+
+    Used for proportions alone. Models that share layers or name their sizes otherwise get no term for pairs.
+    """
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2 and p.shape[0] != embeddings)
+    config = model.config
+    pairs = 2 * getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0)
+    units: npt.NDArray[np.float64] = lengths * (weights + pairs * lengths.astype(np.float64))
+    return units
+
+
+def measure(job: Job, model: Any, engine: Engine) -> Speed:
+    """Tries out one usual batch, forward and backward; no weight changes.
+
+    Memory is what the process grew by; it is scaled by tokens afterwards, so a first row goes ahead that pays for
+    whatever libraries take once.
+    """
+    encoded = job.train.encoded
+    plan = _plan(job)
+    tokens = np.array([encoded.lengths[rows].sum() for rows in plan])
+    rows = plan[int(np.argsort(tokens)[len(plan) // 2])]
+    rows = rows[: max(1, int(np.searchsorted(np.cumsum(encoded.lengths[rows]), _MOST_TOKENS, side="right")))]
+    process = psutil.Process()
+
+    def forward_only() -> None:
+        with torch.inference_mode():
+            engine.forward(encoded, rows)
+
+    def step(chosen: npt.NDArray[np.int64]) -> None:
+        labels = torch.from_numpy(encoded.labels[chosen]).to(job.placement.device)
+        loss_sum(engine.forward(encoded, chosen, 0), labels).backward()  # type: ignore[no-untyped-call]
+
+    first = rows[np.argsort(encoded.lengths[rows])[:1]]
+    step(first)
+    resident = int(process.memory_info().rss)
+    forward_only()
+    after_forward = int(process.memory_info().rss)
+    step(rows)
+    after_step = int(process.memory_info().rss)
+    grown_by = max(1, int(encoded.lengths[rows].sum()) - int(encoded.lengths[first].sum()))
+    units = float(work(model, encoded.lengths[rows]).sum())
+    found = Speed(
+        train_seconds=_seconds(lambda: step(rows)) / units,
+        eval_seconds=_seconds(forward_only) / units,
+        train_bytes=max(0, after_step - resident) / grown_by,
+        eval_bytes=max(0, after_forward - resident) / grown_by,
+        resident_bytes=resident,
+    )
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _seconds(action: Any) -> float:
+    """The median of three times, or of those that patience allows."""
+    found: list[float] = []
+    while len(found) < 3 and sum(found) < _PATIENCE_S:
+        began = time.perf_counter()
+        action()
+        found.append(time.perf_counter() - began)
+    return float(np.median(found))
+
+
+def estimate(job: Job, model: Any, engine: Engine, speed: Speed) -> Estimate:
+    """What the whole run takes at that speed."""
+    pads = engine.name != "fast"
+
+    def units(lengths: npt.NDArray[np.int64], batches: list[npt.NDArray[np.int64]]) -> float:
+        computed = [np.full(len(rows), lengths[rows].max()) if pads else lengths[rows] for rows in batches]
+        return float(work(model, np.concatenate(computed)).sum()) if computed else 0.0
+
+    def pass_seconds(lengths: npt.NDArray[np.int64]) -> float:
+        return units(lengths, batching.evaluation_plan(lengths)) * speed.eval_seconds
+
+    def largest(lengths: npt.NDArray[np.int64], batches: list[npt.NDArray[np.int64]]) -> int:
+        return max((int(lengths[rows].max()) * len(rows) for rows in batches), default=0)
+
+    settings = job.recipe.train
+    plan, lengths, eval_lengths = _plan(job), job.train.encoded.lengths, job.eval.encoded.lengths
+    grown = max(
+        speed.train_bytes * largest(lengths, plan),
+        speed.eval_bytes * largest(eval_lengths, batching.evaluation_plan(eval_lengths)),
+    )
+    steps = -(-len(plan) // settings.gradient_accumulation_steps)
+    return Estimate(
+        epochs=int(settings.num_epochs),
+        steps=steps * int(settings.num_epochs),
+        epoch_seconds=units(lengths, plan) * speed.train_seconds,
+        eval_seconds=pass_seconds(eval_lengths),
+        test_seconds=pass_seconds(job.test.encoded.lengths) if job.test else 0.0,
+        peak_bytes=max(peak_rss_bytes(), speed.resident_bytes + int(grown)),
+        available_bytes=available_memory(),
+    )
+
+
+def check_memory(job: Job, speed: Speed, found: Estimate) -> None:
+    """Refuses what will not fit, before anything is written.
+
+    Raises:
+        ResourceError: with the batch size that fits.
+    """
+    now = int(psutil.Process().memory_info().rss)
+    if job.placement.device.type != "cpu" or found.peak_bytes - now <= found.available_bytes:
+        return
+    settings = job.recipe.train
+    spare = found.available_bytes + now - speed.resident_bytes
+    fits = int(spare / max(1.0, speed.train_bytes) / max(1, int(job.train.encoded.lengths.max())))
+    if 1 <= fits < settings.batch_size:
+        accumulated = -(-settings.batch_size * settings.gradient_accumulation_steps // fits)
+        mend = (
+            f"--set train.batch_size={fits}; with --set train.gradient_accumulation_steps={accumulated} "
+            "a step has as many rows as now"
+        )
+    else:
+        mend = "free some memory; or a smaller --base, or --set data.max_length=128"
+    raise ResourceError(
+        "memory.too_little",
+        f"This run would need about {found.peak_bytes / 1e9:.1f} GB, and "
+        f"{(found.available_bytes + now) / 1e9:.1f} GB can be had.",
+        where=f"batches of {settings.batch_size}, texts of at most {int(job.train.encoded.lengths.max())} tokens",
+        mend=mend,
+    )
+
+
+def parse_budget(text: str) -> float:
+    """`90s`, `5m`, `1h`, `1h30m` -> seconds.
+
+    Raises:
+        RecipeError: it is none of these.
+    """
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower().replace(" ", ""))
+    parts = found.groups(default="0") if found else ("0", "0", "0")
+    seconds = int(parts[0]) * 3_600 + int(parts[1]) * 60 + int(parts[2])
+    if seconds <= 0:
+        raise RecipeError("usage", f'"{text}" is no time.', where="--budget", mend="--budget 5m, 90s or 1h30m")
+    return float(seconds)
+
+
+def within(budget: float, job: Job, found: Estimate) -> dict[str, object]:
+    """Settings with which the run takes at most `budget` seconds of training: epochs first, then rows.
+
+    Rows are worth more than a third pass over the same ones, so epochs go down to two before a row is left out.
+    Evaluation gets at most a fifth of the time, and both parts keep 100 rows: less judges nothing.
+
+    Raises:
+        RecipeError: two epochs of 100 rows take longer.
+    """
+    budget *= _SPARE
+    if found.train_seconds <= budget:
+        return {}
+    rows, eval_rows = len(job.train.encoded), len(job.eval.encoded)
+    epochs = min(found.epochs, _FEWEST_EPOCHS)
+    values: dict[str, object] = {}
+    pass_seconds = found.eval_seconds
+    if epochs * pass_seconds > _EVALUATION_SHARE * budget:
+        fewer = max(min(eval_rows, _FEWEST_ROWS), int(eval_rows * _EVALUATION_SHARE * budget / (epochs * pass_seconds)))
+        if fewer < eval_rows:
+            values["data.limit_eval"] = fewer
+            pass_seconds *= fewer / eval_rows
+    fitting = int(budget / (found.epoch_seconds + pass_seconds))
+    if fitting >= epochs:
+        epochs = min(found.epochs, fitting)
+    else:
+        left = int(rows * (budget / epochs - pass_seconds) / found.epoch_seconds)
+        if left < min(rows, _FEWEST_ROWS):
+            shortest = epochs * (found.epoch_seconds * min(rows, _FEWEST_ROWS) / rows + pass_seconds) / _SPARE
+            raise RecipeError(
+                "budget.too_short",
+                f"{epochs} epochs of {min(rows, _FEWEST_ROWS)} rows take about {shortest:.0f} s here.",
+                where="--budget",
+                mend=f"--budget {-(-int(shortest) // 10) * 10 + 10}s, or a smaller --base, or --set data.max_length=64",
+            )
+        values["data.limit_train"] = left
+    if epochs != found.epochs:
+        values["train.num_epochs"] = epochs
+    return values
+
+
+def remaining_seconds(
+    *,
+    step_seconds: float,
+    tokens: int,
+    tokens_left: int,
+    eval_seconds: float,
+    evals: int,
+    evals_left: int,
+    eval_tokens: int,
+) -> float:
+    """What is left of a run that is under way, at the pace that it has had so far.
+
+    Before the first evaluation, a token of one is taken to cost 0.4 of a token in training: forward against forward
+    and backward.
+    """
+    a_token = step_seconds / max(1, tokens)
+    a_pass = eval_seconds / evals if evals else 0.4 * a_token * eval_tokens
+    return a_token * tokens_left + a_pass * evals_left
+
+
+def _plan(job: Job) -> list[npt.NDArray[np.int64]]:
+    settings = job.recipe.train
+    return batching.plan(
+        job.train.encoded.lengths,
+        settings.batch_size,
+        seed=settings.seed,
+        epoch=0,
+        group_by_length=settings.group_by_length,
+    )
