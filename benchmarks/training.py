@@ -33,7 +33,10 @@ SIDES: dict[str, tuple[str, ...]] = {
     "stock, tuned": ("--tuned",),
 }
 """What is compared, with the flags that make it so; the first word says whose."""
-_KEPT = ("train_seconds", "accuracy", "peak_rss_bytes", "tokens_per_s", "padding_pct")
+_KEPT = (
+    *("train_seconds", "accuracy", "peak_rss_bytes", "tokens_per_s", "padding_pct"),
+    *("estimated_train_seconds", "estimated_peak_bytes"),
+)
 
 
 def train(side: str, seed: int, keep: Path) -> tuple[Path, dict[str, Any]]:
@@ -49,6 +52,9 @@ def train(side: str, seed: int, keep: Path) -> tuple[Path, dict[str, Any]]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
         found = {key: metrics[key] for key in _KEPT}
+        events = [json.loads(line) for line in (folder / "events.jsonl").read_text("utf-8").splitlines()]
+        at = {event["event"]: event for event in events if event["event"] in ("start", "forecast")}
+        found["told_after_20_steps"] = at["forecast"]["time"] - at["start"]["time"] + at["forecast"]["remaining_s"]
     else:
         command = [sys.executable, str(HERE / "stock.py"), *files, "--seed", str(seed), *SIDES[side]]
         command += ["--out", str(folder / "adapter")]
@@ -65,11 +71,17 @@ def ratios(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
     def median(slow: str, quick: str, key: str = "train_seconds") -> float:
         return statistics.median(one[slow][key] / one[quick][key] for one in rounds)
 
+    def told(before: str, after: str) -> float:
+        return statistics.median(one["ours"][before] / one["ours"][after] for one in rounds)
+
     return {
         "tutorial against stock": median("stock", "ours"),
         "tutorial with base.dropout=0 against stock": median("stock", "ours, no base dropout"),
         "tutorial with base.dropout=0 against tuned stock": median("stock, tuned", "ours, no base dropout"),
         "peak memory of the tutorial, share of stock": median("ours", "stock", "peak_rss_bytes"),
+        "seconds told before the start, share of those taken": told("estimated_train_seconds", "train_seconds"),
+        "seconds told after 20 steps, share of those taken": told("told_after_20_steps", "train_seconds"),
+        "memory told before the start, share of the peak": told("estimated_peak_bytes", "peak_rss_bytes"),
     }
 
 

@@ -27,6 +27,14 @@ class Placement:
         """One line for people."""
         return f"{self.device.type} ({self.device_reason}), {self.threads} threads ({self.threads_reason})"
 
+    @property
+    def throttled(self) -> str:
+        """A warning where a CPU of several cores works with one thread; else empty."""
+        cores = usable_cores()
+        if self.device.type != "cpu" or self.threads > 1 or cores == 1:
+            return ""
+        return f"1 thread for {cores} cores ({self.threads_reason}): --set runtime.threads={cores} uses all of them"
+
 
 def place(settings: RuntimeSettings) -> Placement:
     """Chooses the device, sets torch's threads and the allocator.

@@ -217,8 +217,8 @@ def parse_budget(text: str) -> float:
     return float(seconds)
 
 
-def within(budget: float, job: Job, found: Estimate) -> dict[str, object]:
-    """Settings with which the run takes at most `budget` seconds of training: epochs first, then rows.
+def within(budget: float, found: Estimate, rows: int, eval_rows: int) -> dict[str, object]:
+    """Settings with which a run of so many rows takes at most `budget` seconds of training: epochs first, then rows.
 
     Rows are worth more than a third pass over the same ones, so epochs go down to two before a row is left out.
     Evaluation gets at most a fifth of the time, and both parts keep 100 rows: less judges nothing.
@@ -229,7 +229,6 @@ def within(budget: float, job: Job, found: Estimate) -> dict[str, object]:
     budget *= _SPARE
     if found.train_seconds <= budget:
         return {}
-    rows, eval_rows = len(job.train.encoded), len(job.eval.encoded)
     epochs = min(found.epochs, _FEWEST_EPOCHS)
     values: dict[str, object] = {}
     pass_seconds = found.eval_seconds

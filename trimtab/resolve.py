@@ -111,6 +111,9 @@ def resolve(layered: Layered) -> Job:
         for role, examples in parts.items()
     }
     warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, labels, parts)
+    placement = place(recipe.runtime)
+    if placement.throttled:
+        warnings.append(placement.throttled)
     return Job(
         layered=settled,
         base=base,
@@ -123,7 +126,7 @@ def resolve(layered: Layered) -> Job:
         rejects=[reject for part in rows.values() for reject in part.rejects],
         data_report=_report(rows, encoded, labels, warnings),
         warnings=warnings,
-        placement=place(recipe.runtime),
+        placement=placement,
     )
 
 

@@ -40,6 +40,7 @@ Observer = Callable[[Mapping[str, Any]], None]
 """Receives every event of a run, and `progress` events that are not stored."""
 
 _LOWER_IS_BETTER = {"loss"}
+_GIVE_BACK_STEPS = 16  # between giving freed memory back: 9 ms, where the heap grew by 2 MB a step
 _FORECAST_STEPS = 20  # after which the remaining time is told again, from steps that were done
 
 
@@ -178,7 +179,7 @@ def plan(layered: Layered, budget: str = "") -> Planned:
     ready = make_ready(resolve(layered))
     speed = estimate.measure(ready.job, ready.model, ready.engine)
     found = estimate.estimate(ready.job, ready.model, ready.engine, speed)
-    if values := estimate.within(seconds, ready.job, found):
+    if values := estimate.within(seconds, found, len(ready.job.train.encoded), len(ready.job.eval.encoded)):
         ready = replace(ready, job=resolve(ready.job.layered.override(values, f"--budget {budget}")))
         found = estimate.estimate(ready.job, ready.model, ready.engine, speed)
     return Planned(ready, speed, found)
@@ -379,6 +380,8 @@ def _loop(
                     "remaining_s": remaining,
                 }
             )
+            if progress.step % _GIVE_BACK_STEPS == 0:
+                give_back_freed_memory()
             if progress.step - first_step == _FORECAST_STEPS < total_steps - first_step:
                 tell("forecast", step=progress.step, remaining_s=round(remaining, 1))
             if progress.step % settings.log_every_steps == 0:

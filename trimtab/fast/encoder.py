@@ -271,7 +271,7 @@ def _embed(e: Embeddings, batch: Packed, noise: Noise | None, workspace: Workspa
         part.copy_(layer_norm(t, x.shape[1:], e.norm.weight, e.norm.bias, e.norm.eps))
     if noise is not None and e.dropout > 0:
         mask = workspace.take("mask", _EMBEDDINGS_SITE, shape=x.shape, dtype=torch.uint8)
-        masked(x, noise.fill(mask, e.dropout, _EMBEDDINGS_SITE), x).mul_(keep_scale(e.dropout))
+        masked(x, noise.fill(mask, e.dropout, _EMBEDDINGS_SITE), x, workspace).mul_(keep_scale(e.dropout))
     return x if e.projection is None else linear(x, e.projection.weight, e.projection.bias)
 
 
