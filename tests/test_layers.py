@@ -23,7 +23,7 @@ LAYERS = [
     ["forward"],
     ["classification"],
     ["adapter", "resolve"],
-    ["predict", "report"],
+    ["estimate", "predict", "report"],
     ["evaluation", "files", "console"],
     ["training"],
     ["api"],
