@@ -9,8 +9,7 @@ is a bootstrap over rows (10,000 draws) of the difference in accuracy, averaged 
 interval lies above -1.0 points.
 
 What has finished is kept in DIR, where training.py may have left it already: a second call goes on from there. Writes
-benchmarks/results/accuracy-KIND.json after every seed. Needs the extra `demo`. From nothing it takes two hours and a
-half on two AVX2 cores.
+benchmarks/results/accuracy-KIND.json after every seed. Needs the extra `demo`. From nothing it takes hours.
 """
 
 import argparse

@@ -237,7 +237,7 @@ def test_the_tutorial_does_what_transformers_trainer_does(csv_file: Path, still_
             "labels": torch.from_numpy(batch.labels),
         }
 
-    order = [int(row) for epoch in range(3) for rows in training._plan(job, epoch) for row in rows]
+    order = [int(row) for epoch in range(3) for rows in job.batches(epoch) for row in rows]
 
     class InOurOrder(Trainer):
         epoch = 0

@@ -6,6 +6,7 @@ machine busy are in the figure, and no table of machines has to be right. A seco
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ def measure(job: Job, model: Any, engine: Engine) -> Speed:
     whatever libraries take once.
     """
     encoded = job.train.encoded
-    plan = _plan(job)
+    plan = job.batches(0)
     tokens = np.array([encoded.lengths[rows].sum() for rows in plan])
     rows = plan[int(np.argsort(tokens)[len(plan) // 2])]
     rows = rows[: max(1, int(np.searchsorted(np.cumsum(encoded.lengths[rows]), _MOST_TOKENS, side="right")))]
@@ -132,7 +133,7 @@ def measure(job: Job, model: Any, engine: Engine) -> Speed:
     return found
 
 
-def _seconds(action: Any) -> float:
+def _seconds(action: Callable[[], object]) -> float:
     """The median of three times, or of those that patience allows."""
     found: list[float] = []
     while len(found) < 3 and sum(found) < _PATIENCE_S:
@@ -157,15 +158,14 @@ def estimate(job: Job, model: Any, engine: Engine, speed: Speed) -> Estimate:
         return max((int(lengths[rows].max()) * len(rows) for rows in batches), default=0)
 
     settings = job.recipe.train
-    plan, lengths, eval_lengths = _plan(job), job.train.encoded.lengths, job.eval.encoded.lengths
+    plan, lengths, eval_lengths = job.batches(0), job.train.encoded.lengths, job.eval.encoded.lengths
     grown = max(
         speed.train_bytes * largest(lengths, plan),
         speed.eval_bytes * largest(eval_lengths, batching.evaluation_plan(eval_lengths)),
     )
-    steps = -(-len(plan) // settings.gradient_accumulation_steps)
     return Estimate(
         epochs=int(settings.num_epochs),
-        steps=steps * int(settings.num_epochs),
+        steps=job.steps_per_epoch * int(settings.num_epochs),
         epoch_seconds=units(lengths, plan) * speed.train_seconds,
         eval_seconds=pass_seconds(eval_lengths),
         test_seconds=pass_seconds(job.test.encoded.lengths) if job.test else 0.0,
@@ -274,14 +274,3 @@ def remaining_seconds(
     a_token = step_seconds / max(1, tokens)
     a_pass = eval_seconds / evals if evals else 0.4 * a_token * eval_tokens
     return a_token * tokens_left + a_pass * evals_left
-
-
-def _plan(job: Job) -> list[npt.NDArray[np.int64]]:
-    settings = job.recipe.train
-    return batching.plan(
-        job.train.encoded.lengths,
-        settings.batch_size,
-        seed=settings.seed,
-        epoch=0,
-        group_by_length=settings.group_by_length,
-    )

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from trimtab import data, tokens
+from trimtab import batching, data, tokens
 from trimtab.classification import Labels, make_labels
 from trimtab.config import Layered, Recipe
 from trimtab.data import Example, Rows
@@ -64,6 +65,24 @@ class Job:
     def recipe(self) -> Recipe:
         """The resolved recipe."""
         return self.layered.recipe
+
+    def batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """The batches of an epoch, as row numbers of `train`."""
+        settings = self.recipe.train
+        return batching.plan(
+            self.train.encoded.lengths,
+            settings.batch_size,
+            seed=settings.seed,
+            epoch=epoch,
+            group_by_length=settings.group_by_length,
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        settings = self.recipe.train
+        batches = math.ceil(len(self.train.examples) / settings.batch_size)
+        return math.ceil(batches / settings.gradient_accumulation_steps)
 
 
 def resolve(layered: Layered) -> Job:

@@ -261,7 +261,7 @@ def _run(run: RunDir, ready: Ready, found: Estimate | None, started: float, obse
         test_rows=len(job.test.examples) if job.test else 0,
         labels=list(job.labels.values),
         base_line=_base_line(job),
-        steps_per_epoch=_steps_per_epoch(job),
+        steps_per_epoch=job.steps_per_epoch,
         parameters={key: value for key, value in ready.parameters.items() if key != "layers"},
         placement=f"{job.placement.line}, {engine.line}",
         budget=_chosen_by_budget(job),
@@ -293,7 +293,7 @@ def _run(run: RunDir, ready: Ready, found: Estimate | None, started: float, obse
     )
     verification = _verify_in_fresh_process(run)
     # The fast forward computes no padding.
-    padding = 0.0 if engine.name == "fast" else batching.padding_pct(job.train.encoded.lengths, _plan(job, 0))
+    padding = 0.0 if engine.name == "fast" else batching.padding_pct(job.train.encoded.lengths, job.batches(0))
     result = scores | {
         "scored_on": "test" if job.test else "eval",
         "epoch": int(chosen["epoch"]),
@@ -324,7 +324,7 @@ def _loop(
     settings = job.recipe.train
     parameters = trainable(model)
     optimizer = make_optimizer(parameters, settings)
-    total_steps = _steps_per_epoch(job) * int(settings.num_epochs)
+    total_steps = job.steps_per_epoch * int(settings.num_epochs)
     progress = _load_newest(run, parameters, optimizer, tell)
     began = last_save = time.monotonic()
     earlier, first_step = progress.train_seconds, progress.step
@@ -343,7 +343,7 @@ def _loop(
         return progress
 
     while progress.epoch < int(settings.num_epochs) and not _is_over(progress, settings):
-        batches = _plan(job, progress.epoch)
+        batches = job.batches(progress.epoch)
         while progress.batch < len(batches):
             group = batches[progress.batch : progress.batch + settings.gradient_accumulation_steps]
             step_began = time.monotonic()
@@ -492,22 +492,6 @@ def _is_better(entry: Mapping[str, float], progress: Progress, metric: str) -> b
 
 def _is_over(progress: Progress, settings: TrainSettings) -> bool:
     return 0 < settings.early_stopping_patience <= progress.epochs_without_better
-
-
-def _plan(job: Job, epoch: int) -> list[npt.NDArray[np.int64]]:
-    settings = job.recipe.train
-    return batching.plan(
-        job.train.encoded.lengths,
-        settings.batch_size,
-        seed=settings.seed,
-        epoch=epoch,
-        group_by_length=settings.group_by_length,
-    )
-
-
-def _steps_per_epoch(job: Job) -> int:
-    settings = job.recipe.train
-    return math.ceil(math.ceil(len(job.train.examples) / settings.batch_size) / settings.gradient_accumulation_steps)
 
 
 def _base_line(job: Job) -> str:
