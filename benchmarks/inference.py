@@ -6,8 +6,7 @@
 An adapter is trained first on a few rows: speed does not depend on what it learned. Then, every side once a round:
 2,000 IMDB reviews cut at 256 tokens, texts to labels; and a fresh process to five answers. Stock runs unmerged in
 batches of 32 in the order of the file; onnxruntime (float32 and dynamic int8) and OpenVINO run the merged model over
-the same length-sorted batches as trimtab. Last, peak memory for 1,000,000 short rows, parquet to parquet, against
-100,000. Writes benchmarks/results/inference-KIND.json. Needs the extra `demo`.
+the same length-sorted batches as trimtab. Writes benchmarks/results/inference-KIND.json. Needs the extra `demo`.
 """
 
 import argparse
@@ -23,7 +22,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import openvino
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from onnxruntime.quantization import quantize_dynamic
@@ -122,25 +120,6 @@ def fresh(*command: str) -> float:
     return time.perf_counter() - began
 
 
-def peak_of(adapter: Path, folder: Path, rows: int) -> int:
-    """Peak memory in bytes of predicting `rows` short texts from parquet to parquet."""
-    words = ["good film", "bad plot", "so slow", "loved it"]
-    pq.write_table(pa.table({"text": [f"{words[i % 4]} {i % 97}" for i in range(rows)]}), folder / "in.parquet")
-    program = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
-    )
-    command = [sys.executable, "-m", "trimtab", "predict", str(adapter), "--file", str(folder / "in.parquet")]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command, "--out", str(folder / "out.parquet")],
-        check=True,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-    )
-    assert pq.read_metadata(folder / "out.parquet").num_rows == rows
-    return int(done.stdout.split()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
@@ -181,7 +160,6 @@ def main() -> None:
             return statistics.median(one[slow] / one[quick] for one in rounds)
 
         others = [name for name in sides if name not in ("ours", "stock")]
-        few, many = peak_of(run.adapter, folder, 100_000), peak_of(run.adapter, folder, 1_000_000)
         write(
             f"inference-{kind()}",
             {
@@ -189,12 +167,10 @@ def main() -> None:
                     "2,000 reviews, texts to labels, against stock": median("stock", "ours"),
                     **{f"the same against {name}": median(name, "ours") for name in others},
                     "a fresh process to five answers, against stock": median("fresh, stock", "fresh, ours"),
-                    "peak memory of 1,000,000 rows against 100,000": many / few,
                 },
                 "threads": torch.get_num_threads(),
                 "versions_of_runtimes": {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__},
                 "same_label_as_ours_on_200_rows": agreement,
-                "peak_bytes": {"100,000 rows": few, "1,000,000 rows": many},
                 "rounds": rounds,
             },
         )
