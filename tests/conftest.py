@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,25 @@ import bases
 
 GOOD = ("good", "wonderful", "great")
 BAD = ("bad", "boring", "awful")
+
+
+FIGURES: Counter[str] = Counter()
+"""What the tests of faults have done; told at the end."""
+
+
+def later(values: Iterable[object]) -> list[Any]:
+    """Parameters that belong to `make test-long`."""
+    return [pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
+def tiers(short: int, long: int) -> list[Any]:
+    """Numbers of trials as parameters: the first belong to every run of the tests, the others to `make test-long`."""
+    return [*range(short), *later(range(short, long))]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if FIGURES:
+        terminalreporter.write_line("faults: " + ", ".join(f"{count:,} {what}" for what, count in FIGURES.items()))
 
 
 def reviews(rows: int) -> list[tuple[str, str]]:
@@ -63,7 +84,19 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_fresh_process(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def quick_module() -> Iterator[None]:
+    """As `quick`, for the fixtures of a module too."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_fresh_process(patch)
+        yield
+
+
+def leave_out_fresh_process(patch: pytest.MonkeyPatch) -> None:
     """Leaves out the check in a fresh process, which takes seconds of imports; other tests hold that check."""
     from trimtab import training
 
-    monkeypatch.setattr(training, "_verify_in_fresh_process", lambda run: {"largest_difference": 0.0, "seconds": 0.0})
+    patch.setattr(training, "_verify_in_fresh_process", lambda run: {"largest_difference": 0.0, "seconds": 0.0})

@@ -1,5 +1,7 @@
+import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 import torch
 import transformers
 from bases import write_base
-from conftest import built
+from conftest import built, tiers
 from safetensors.torch import load_file, save_file
 
 from trimtab import adapter, config, predict
@@ -222,8 +224,16 @@ def edit_json(name: str, edit: Callable[[dict[str, Any]], object]) -> Callable[[
         value = json.loads((folder / name).read_text("utf-8"))
         edit(value)
         (folder / name).write_text(json.dumps(value), "utf-8")
+        seal(folder)
 
     return damage
+
+
+def seal(folder: Path) -> None:
+    """Puts the sums right, as whoever means harm would."""
+    meta = json.loads((folder / "trimtab.json").read_text("utf-8"))
+    meta["config_sha256"] = hashlib.sha256((folder / "adapter_config.json").read_bytes()).hexdigest()
+    (folder / "trimtab.json").write_text(json.dumps(meta | {"sha256": adapter._digest(meta)}), "utf-8")
 
 
 def overwrite(name: str, data: bytes) -> Callable[[Path], object]:
@@ -269,7 +279,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "description not text": (overwrite("trimtab.json", b"\xff\xfe\x00"), ("trimtab.json is not JSON",)),
     "peft config cut": (truncate("adapter_config.json"), ("adapter_config.json is not JSON",)),
     "no labels": (edit_json("trimtab.json", lambda meta: meta.pop("labels")), ("labels",)),
-    "a label less": (edit_json("trimtab.json", lambda meta: meta["labels"].pop()), (CLASSIFIER, "shape")),
+    "a label less": (edit_json("trimtab.json", lambda meta: meta["labels"].pop()), ("a logit for each label",)),
     "a name less": (edit_json("trimtab.json", lambda meta: meta["labels"][0].pop("names")), ("name",)),
     "no base": (edit_json("trimtab.json", lambda meta: meta.pop("base")), ("base",)),
     "no sha256 of the base": (
@@ -304,6 +314,48 @@ def test_damage_is_an_error_that_names_the_thing(copied: Path, damage: str) -> N
     assert str(copied) in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("trimtab.json", lambda meta: meta["labels"].reverse()),
+        ("trimtab.json", lambda meta: meta["labels"][0].update(label="2")),
+        ("trimtab.json", lambda meta: meta["preprocessing"].update(max_length=31)),
+        ("trimtab.json", lambda meta: meta["preprocessing"].update(pad_id=1)),
+        ("trimtab.json", lambda meta: meta["probes"][0]["logits"].reverse()),
+        ("adapter_config.json", lambda config: config.update(lora_alpha=32)),
+        ("adapter_config.json", lambda config: config.update(use_rslora=True)),
+    ],
+)
+def test_what_was_edited_by_hand_is_refused(copied: Path, name: str, edit: Callable[[Any], object]) -> None:
+    value = json.loads((copied / name).read_text("utf-8"))
+    edit(value)
+    (copied / name).write_text(json.dumps(value), "utf-8")
+    with pytest.raises(ArtefactError, match=f"{name} is not what training wrote"):
+        predict.load(copied)
+
+
+@pytest.mark.parametrize("trial", tiers(100, 1_000))
+def test_no_bit_and_no_length_can_change_without_being_found(copied: Path, trial: int) -> None:
+    rng = random.Random(trial)
+    file = copied / rng.choice(["adapter_model.safetensors", "adapter_config.json", "trimtab.json", "tokenizer.json"])
+    before = file.read_bytes()
+    after = bytearray(before[: rng.randrange(len(before))] if rng.random() < 0.3 else before)
+    if len(after) == len(before):
+        after[rng.randrange(len(after))] ^= 1 << rng.randrange(8)
+    file.write_bytes(bytes(after))
+    if file.name == "trimtab.json" and _says(after) == _says(before):  # blanks between the words
+        return
+    with pytest.raises(ArtefactError):
+        predict.load(copied)
+
+
+def _says(raw: bytes | bytearray) -> object:
+    try:
+        return json.loads(bytes(raw))
+    except ValueError:
+        return None
 
 
 def test_an_adapter_of_plain_peft_is_told_from_ours(place: Path, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py")} | {
 
 # From the ground up. A module imports from lower layers only, so no two modules of one layer know each other.
 LAYERS = [
-    ["errors", "machine"],
+    ["durable", "errors", "interrupts", "machine"],
     ["config"],
     ["hub"],
-    ["data", "tokens", "rundir", "checkpoint", "doctor", "device", "model", "fast"],
+    ["data", "tokens", "rundir", "checkpoint", "doctor", "device", "model", "untrusted", "fast"],
     ["batching", "demo"],
     ["forward"],
     ["classification"],

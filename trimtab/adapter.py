@@ -7,10 +7,10 @@ unordered sets.
 
 import hashlib
 import json
+import math
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from trimtab import tokens
+from trimtab import durable, tokens, untrusted
 from trimtab.classification import LANGUAGES, Labels, compute_logits
 from trimtab.config import LoraSettings, RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError, some
@@ -31,6 +30,22 @@ from trimtab.hub import Base, find_base, find_recorded_base, weight_files
 from trimtab.tokens import Tokenizer
 
 SCHEMA_VERSION = 1
+_MODULE = re.compile(r"\w+(\.\w+)*")
+# What would change the answers of peft's LoRA, and the value at which it does not.
+_PLAIN: dict[str, object] = {
+    "peft_type": "LORA",
+    "task_type": "SEQ_CLS",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+}
 
 # Fixed sentences whose logits travel with the adapter, so that anyone can see that it still answers the same.
 PROBES = (
@@ -58,13 +73,13 @@ class Adapter:
     computed_in: str
     """The dtype of those logits."""
     tensors_sha256: str
-    """Of adapter_model.safetensors; empty where an early version wrote it."""
+    """Of adapter_model.safetensors."""
 
     @property
     def tensors_are_as_written(self) -> bool:
         """Whether adapter_model.safetensors is, to the byte, what training wrote."""
         found = hashlib.sha256((self.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-        return self.tensors_sha256 in ("", found)
+        return self.tensors_sha256 == found
 
 
 def write(
@@ -86,64 +101,48 @@ def write(
     """
     import peft
 
-    with _draft_of(folder) as draft:
+    with durable.new_folder(folder, folder.with_name(f".{folder.name}-{os.getpid()}")) as draft:
         tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         # "format" tells transformers and peft which library's tensors these are.
         stored = save(
             {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, metadata={"format": "pt"}
         )
-        (draft / "adapter_model.safetensors").write_bytes(stored)
+        durable.write_bytes(draft / "adapter_model.safetensors", stored)
         config = model.peft_config["default"].to_dict() | {"inference_mode": True}
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        _write_json(draft / "adapter_config.json", dict(sorted(plain.items())))
+        described = _as_json(dict(sorted(plain.items())))
+        durable.write_bytes(draft / "adapter_config.json", described)
         tokens.save(tokenizer, base.folder, draft)
         probe_logits = probe(forward, tokenizer, max_length)
-        _write_json(
-            draft / "trimtab.json",
-            {
-                "schema_version": SCHEMA_VERSION,
-                "task": "text-classification",
-                "labels": [
-                    {
-                        "label": value,
-                        **({"names": {lang: labels.name(i, lang) for lang in LANGUAGES}} if labels.names else {}),
-                    }
-                    for i, value in enumerate(labels.values)
-                ],
-                "preprocessing": {
-                    "max_length": max_length,
-                    "pad_id": tokenizer.pad_id,
-                    "tokenizer_sha256": tokenizer.sha256,
-                },
-                "base": {
-                    "name": base.recorded_as,
-                    "hub_id": base.hub_id,
-                    "weights_sha256": base.weights_sha256,
-                    "tokenizer_sha256": base.tokenizer_sha256,
-                },
-                "head": head,
-                "tensors_sha256": hashlib.sha256(stored).hexdigest(),
-                "computed_in": computed_in,
-                "probes": [
-                    {"text": text, "logits": row.tolist()} for text, row in zip(PROBES, probe_logits, strict=True)
-                ],
+        meta = {
+            "schema_version": SCHEMA_VERSION,
+            "task": "text-classification",
+            "labels": [
+                {
+                    "label": value,
+                    **({"names": {lang: labels.name(i, lang) for lang in LANGUAGES}} if labels.names else {}),
+                }
+                for i, value in enumerate(labels.values)
+            ],
+            "preprocessing": {
+                "max_length": max_length,
+                "pad_id": tokenizer.pad_id,
+                "tokenizer_sha256": tokenizer.sha256,
             },
-        )
-        (draft / "README.md").write_text(card, "utf-8")
-
-
-@contextmanager
-def _draft_of(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `folder` at the end, or is gone where the writing fails."""
-    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)  # of a process that was stopped here, with the same number
-    draft.mkdir()
-    try:
-        yield draft
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+            "base": {
+                "name": base.recorded_as,
+                "hub_id": base.hub_id,
+                "weights_sha256": base.weights_sha256,
+                "tokenizer_sha256": base.tokenizer_sha256,
+            },
+            "head": head,
+            "tensors_sha256": hashlib.sha256(stored).hexdigest(),
+            "config_sha256": hashlib.sha256(described).hexdigest(),
+            "computed_in": computed_in,
+            "probes": [{"text": text, "logits": row.tolist()} for text, row in zip(PROBES, probe_logits, strict=True)],
+        }
+        durable.write_bytes(draft / "trimtab.json", _as_json(meta | {"sha256": _digest(meta)}))
+        durable.write_bytes(draft / "README.md", card.encode())
 
 
 def probe(forward: Forward, tokenizer: Tokenizer, max_length: int) -> npt.NDArray[np.float32]:
@@ -157,6 +156,7 @@ def read(folder: Path) -> Adapter:
     Raises:
         ArtefactError: it is not one of ours, is incomplete, or has a newer schema.
     """
+    untrusted.check_files(folder)
     meta = _read_json(folder, "trimtab.json")
     if meta.get("schema_version") != SCHEMA_VERSION:
         raise ArtefactError(
@@ -176,26 +176,22 @@ def read(folder: Path) -> Adapter:
         )
         if names and len(names) != len(values):
             raise ValueError("some labels have names and some have none")
-        if len(set(values)) != len(values) or not values or not all(isinstance(v, str) and v for v in values):
+        if len(set(values)) != len(values) or not values or not all(isinstance(v, str) and v.encode() for v in values):
             raise ValueError("labels are different strings")
-        if not all(isinstance(module, str) for module in meta["head"]) or isinstance(meta["head"], str):
-            raise ValueError("head is a list of module names")
-        if len({len(item["logits"]) for item in meta["probes"]}) != 1:
-            raise ValueError("probes are sentences with a logit for each label")
         preprocessing = meta["preprocessing"]
         if not 2 <= int(preprocessing["max_length"]) <= 1 << 20:
             raise ValueError(f"max_length {preprocessing['max_length']} cannot be")
-        return Adapter(
+        adapter = Adapter(
             folder=folder,
             labels=Labels(values, names),
             max_length=int(preprocessing["max_length"]),
             tokenizer=tokens.load(folder, int(preprocessing["pad_id"]), preprocessing["tokenizer_sha256"]),
             base={key: str(meta["base"][key]) for key in ("name", "hub_id", "weights_sha256", "tokenizer_sha256")},
             lora=_lora_settings(config),
-            head=tuple(meta["head"]),
-            probes=tuple((item["text"], tuple(item["logits"])) for item in meta["probes"]),
+            head=_modules("head", meta["head"]),
+            probes=_probes(meta["probes"], len(values)),
             computed_in=str(meta.get("computed_in", "float32")),
-            tensors_sha256=str(meta.get("tensors_sha256", "")),
+            tensors_sha256=str(meta["tensors_sha256"]),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ArtefactError):
@@ -206,15 +202,36 @@ def read(folder: Path) -> Adapter:
             where=str(folder),
             mend="copy the whole adapter folder again",
         ) from None
+    _check_descriptions(folder, meta)
+    return adapter
+
+
+def _probes(said: list[dict[str, Any]], classes: int) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    """Sentences and their logits; a ValueError or TypeError where they are anything else."""
+    probes = tuple((item["text"], tuple(float(logit) for logit in item["logits"])) for item in said)
+    if not probes or not all(len(logits) == classes and all(map(math.isfinite, logits)) for _, logits in probes):
+        raise ValueError("probes are sentences with a logit for each label")
+    for text, _ in probes:
+        str.encode(text)  # a TypeError where it is no string, a ValueError where it holds half a character
+    return probes
+
+
+def _modules(what: str, said: object) -> tuple[str, ...]:
+    """Names of modules and nothing else: peft takes them for regular expressions, which could fail or never end."""
+    if not isinstance(said, list) or not all(isinstance(name, str) and _MODULE.fullmatch(name) for name in said):
+        raise ValueError(f"{what} is a list of module names")
+    return tuple(said)
 
 
 def _lora_settings(config: dict[str, Any]) -> LoraSettings:
+    if strange := [f"{key} = {config[key]!r}" for key, plain in _PLAIN.items() if config.get(key, plain) != plain]:
+        raise ValueError(f"adapter_config.json asks for what is not read here: {some(strange)}")
     variant = "dora" if config["use_dora"] else "rslora" if config["use_rslora"] else "lora"
     return LoraSettings(
         r=config["r"],
         lora_alpha=config["lora_alpha"],
         lora_dropout=config["lora_dropout"],
-        target_modules=tuple(config["target_modules"]),
+        target_modules=_modules("target_modules", config["target_modules"]),
         variant=variant,
     )
 
@@ -265,24 +282,38 @@ def load_engine(adapter: Adapter, base: Base, device: torch.device, settings: Ru
     if device.type == "cpu" and settings.fast != "off" and adapter.lora.variant != "dora":
         dtype = fast_dtype(settings)
         try:
-            if not adapter.tensors_are_as_written:
-                raise encoder.NotSupported("its adapter is damaged")
-            classifier = encoder.of_files(
-                json.loads((base.folder / "config.json").read_bytes()),
-                _base_tensors(base),
-                _read_tensors(adapter.folder / "adapter_model.safetensors"),
-                targets=adapter.lora.target_modules,
-                rank=adapter.lora.r,
-                scaling=adapter.lora.scaling,
-                head=adapter.head,
-                num_labels=len(adapter.labels),
-                dtype=dtype,
-            )
+            config = json.loads((base.folder / "config.json").read_bytes())
+            stored, fit = _base_tensors(base), _fit(adapter)
+            tensors = _read_tensors(adapter, encoder.adapter_shapes(config, stored, **fit))
+            classifier = encoder.of_files(config, stored, tensors, scaling=adapter.lora.scaling, dtype=dtype, **fit)
             return Engine(fast(classifier), "fast", "on a CPU, from files", str(dtype).removeprefix("torch."))
-        except (OSError, ValueError):  # NotSupported too; what is wrong is said, or mended, on the long way
+        except (OSError, ValueError, ArtefactError):  # NotSupported too; what is wrong is said on the long way
             pass
     model = load_model(adapter, base).to(device)
     return choose(model, adapter.tokenizer.pad_id, device, settings)
+
+
+def _fit(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter's own description says of the shapes of its tensors."""
+    return {
+        "targets": adapter.lora.target_modules,
+        "rank": adapter.lora.r,
+        "head": adapter.head,
+        "num_labels": len(adapter.labels),
+    }
+
+
+def _read_tensors(adapter: Adapter, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, whole by name, shape, number and sum."""
+    tensors = untrusted.read_tensors(adapter.folder / untrusted.TENSORS, expected)
+    if not adapter.tensors_are_as_written:
+        raise ArtefactError(
+            "adapter.tensors_changed",
+            f"{untrusted.TENSORS} is not what training wrote: its sha256 differs.",
+            where=str(adapter.folder),
+            mend="copy the whole adapter folder again",
+        )
+    return tensors
 
 
 def _base_tensors(base: Base) -> dict[str, torch.Tensor]:
@@ -300,66 +331,52 @@ def load_model(adapter: Adapter, base: Base) -> Any:
     """
     import peft
 
-    from trimtab.model import inject, load_base, load_config
+    from trimtab.model import empty_model, inject, load_base, load_config
 
     config = load_config(base.folder, num_labels=len(adapter.labels), dropout="config", pad_id=adapter.tokenizer.pad_id)
-    path = adapter.folder / "adapter_model.safetensors"
-    loaded, targets = load_base(base.folder, config).model, adapter.lora.target_modules
+    fit = (adapter.lora, adapter.lora.target_modules, adapter.head, base.recorded_as)
     try:
-        model = inject(loaded, adapter.lora, targets, adapter.head, base.recorded_as)
+        skeleton = inject(empty_model(config), *fit)  # without memory, whatever rank the adapter claims
     except ValueError as error:  # peft's, and our RecipeError
         raise ArtefactError(
             "adapter.damaged",
-            f"The target modules {some(targets)} or the head {some(adapter.head)} do not fit the base: "
-            f"{str(error).splitlines()[0]}",
+            f"The target modules {some(adapter.lora.target_modules)} or the head {some(adapter.head)} do not fit the "
+            f"base: {str(error).splitlines()[0]}",
             where=str(adapter.folder),
             mend="copy the whole adapter folder again",
         ) from None
-    tensors = _read_tensors(path)
-    expected = {
-        name: tuple(t.shape) for name, t in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} does not belong here" for name in tensors if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    problems += [f"{name} is not finite" for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if problems:
-        raise ArtefactError(
-            "adapter.tensors",
-            f"{some(problems)}.",
-            where=str(path),
-            mend="copy the whole adapter folder again",
-        )
-    if not adapter.tensors_are_as_written:  # whole by name, shape and number, and yet not the same
-        raise ArtefactError(
-            "adapter.tensors_changed",
-            "adapter_model.safetensors is not what training wrote: its sha256 differs.",
-            where=str(path),
-            mend="copy the whole adapter folder again",
-        )
+    expected = peft.get_peft_model_state_dict(skeleton, save_embedding_layers=False)
+    tensors = _read_tensors(adapter, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    model = inject(load_base(base.folder, config).model, *fit)
     peft.set_peft_model_state_dict(model, tensors)
     model.eval()
     return model
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
+def _as_json(value: object) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    """Of what trimtab.json says, but for this sum itself."""
+    said = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _check_descriptions(folder: Path, meta: Mapping[str, Any]) -> None:
+    """A label, a length or an alpha that was edited would change answers without a word."""
+    config = hashlib.sha256((folder / "adapter_config.json").read_bytes()).hexdigest()
+    found = {
+        "trimtab.json": _digest(meta) == meta.get("sha256"),
+        "adapter_config.json": config == meta.get("config_sha256"),
+    }
+    if changed := [name for name, same in found.items() if not same]:
         raise ArtefactError(
-            "adapter.damaged",
-            f"The adapter's tensors cannot be read: {error}",
-            where=str(path),
-            mend="copy the whole adapter folder again",
-        ) from None
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
+            "adapter.changed",
+            f"{changed[0]} is not what training wrote: its sha256 differs.",
+            where=str(folder),
+            mend="copy the whole adapter folder again; for other labels train again, for display names: --names",
+        )
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A model against labelled rows: `trimtab eval`, the prediction file of a run, and `trimtab verify`."""
 
+import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab import data
+from trimtab import data, durable
 from trimtab.classification import Labels, metrics, softmax
 from trimtab.config import RuntimeSettings, load_recipe
 from trimtab.data import Example
+from trimtab.errors import ArtefactError
 from trimtab.machine import peak_rss_bytes
 from trimtab.predict import load
 from trimtab.rundir import RunDir, locate
@@ -90,9 +92,9 @@ def write_predictions(path: Path, examples: Sequence[Example], logits: npt.NDArr
             "logits": pa.array(list(logits), pa.list_(pa.float32())),
         }
     )
-    draft = path.with_name(path.name + ".tmp")
-    pq.write_table(table, draft)
-    draft.replace(path)
+    written = io.BytesIO()
+    pq.write_table(table, written)
+    durable.replace(path, written.getvalue())
 
 
 def verify(path: str | Path, *, base: str | None = None) -> Verification:
@@ -110,11 +112,9 @@ def verify(path: str | Path, *, base: str | None = None) -> Verification:
     stored = np.array([logits for _, logits in classifier.adapter.probes], np.float32)
     again = [classifier.logits(classifier.encode(texts))]
     if run.predictions.is_file():
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(run.predictions, columns=["text", "logits"]).slice(0, _CHECKED_ROWS)
-        stored = np.concatenate([stored, np.array(table.column("logits").to_pylist(), np.float32)])
-        again.append(classifier.logits(classifier.encode(table.column("text").to_pylist())))
+        said, logits = _predictions(run.predictions)
+        stored = np.concatenate([stored, logits])
+        again.append(classifier.logits(classifier.encode(said)))
     computed = np.concatenate(again)
     tolerance = _TOLERANCE[classifier.adapter.computed_in == classifier.engine.dtype == "float32"]
     best = np.sort(stored, axis=1)
@@ -125,3 +125,20 @@ def verify(path: str | Path, *, base: str | None = None) -> Verification:
         bool((stored.argmax(axis=1) == computed.argmax(axis=1))[clear].all()),
         tolerance,
     )
+
+
+def _predictions(file: Path) -> tuple[list[str], npt.NDArray[np.float32]]:
+    """The first texts of predictions.parquet and their logits, float32[n, C]."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(file, columns=["text", "logits"]).slice(0, _CHECKED_ROWS)
+        return table.column("text").to_pylist(), np.array(table.column("logits").to_pylist(), np.float32)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise ArtefactError(
+            "run.predictions",
+            f"The stored answers cannot be read: {error}",
+            where=str(file),
+            mend="bring the file back from a copy; or verify the adapter folder alone",
+        ) from None

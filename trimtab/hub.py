@@ -352,7 +352,7 @@ def _ask_hub(repo: str, data_file: str = "", revision: str | None = None) -> Pat
         raise BaseModelError(
             "hub.unreachable",
             f"{asked} is not on this machine and could not be fetched: {reason}",
-            where=f"the hub's cache, then {endpoint()} for {time.monotonic() - started:.0f} s",
+            where=f"the hub's cache, then {endpoint()} for {time.monotonic() - started:.1f} s",
             mend="use a mirror (HF_ENDPOINT=https://...), or a local folder (--base FOLDER), "
             "or copy a hub cache and set HF_HOME",
         ) from error

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from trimtab import durable, interrupts
 from trimtab.errors import ArtefactError, BaseModelError
 from trimtab.hub import tokenizer_sha256
 
@@ -91,6 +92,7 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, labels: 
     pieces: list[npt.NDArray[np.int32]] = []
     full: list[int] = []
     for start in range(0, len(texts), _CHUNK):
+        interrupts.check()
         for encoding in backend.encode_batch_fast(list(texts[start : start + _CHUNK])):
             pieces.append(np.array(encoding.ids, np.int32))
             full.append(len(encoding.ids) + sum(len(rest.ids) - special for rest in encoding.overflowing))
@@ -202,10 +204,10 @@ def from_base(folder: Path) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, base_folder: Path, folder: Path) -> None:
     """Writes the tokenizer's own files: tokenizer.json as it is used here, the base's others as they are."""
-    (folder / "tokenizer.json").write_bytes(tokenizer.json.encode())
+    durable.write_bytes(folder / "tokenizer.json", tokenizer.json.encode())
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         with contextlib.suppress(FileNotFoundError):
-            (folder / name).write_bytes((base_folder / name).read_bytes())
+            durable.write_bytes(folder / name, (base_folder / name).read_bytes())
 
 
 def load(folder: Path, pad_id: int, sha256: str) -> Tokenizer:

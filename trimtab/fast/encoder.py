@@ -479,6 +479,35 @@ def _of_module(inner: Any) -> Encoder:
     return build(inner.config.to_dict(), tensors, loras, int(inner.config.num_labels))
 
 
+def adapter_shapes(
+    config: Mapping[str, Any],
+    base: Mapping[str, Tensor],
+    *,
+    targets: Sequence[str],
+    rank: int,
+    head: Sequence[str],
+    num_labels: int,
+) -> dict[str, tuple[int, ...]]:
+    """The names and shapes that peft's file has for this base, so that a file can be refused by its header alone.
+
+    Takes what `of_files` takes.
+
+    Raises:
+        NotSupported: it is not one of the family.
+    """
+    layout, tensors = _named(config, base)
+    width = int(config[layout.width])
+    found: dict[str, tuple[int, ...]] = {}
+    for module in _adapted(tensors, targets):
+        rows, columns = tensors[module + ".weight"].shape
+        found |= {module + ".lora_A.weight": (rank, columns), module + ".lora_B.weight": (rows, rank)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for module, rows in zip(layout.head, (width, num_labels), strict=True):
+        shapes |= {module + ".weight": (rows, width), module + ".bias": (rows,)}
+    found |= {name: shape for name, shape in shapes.items() if any(name.startswith(part + ".") for part in head)}
+    return {_PEFT + name: shape for name, shape in found.items()}
+
+
 def of_files(
     config: Mapping[str, Any],
     base: Mapping[str, Tensor],
@@ -510,30 +539,14 @@ def of_files(
     Raises:
         NotSupported: it is not one of the family, or the files do not fit each other to the last tensor.
     """
-    kind = str(config.get("model_type"))
-    if kind not in LAYOUTS:
-        raise NotSupported(f"{kind} is not of the BERT family")
-    layout = LAYOUTS[kind]
-    tensors = {}
-    for found, tensor in base.items():
-        name = found.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if name.startswith((layout.blocks, "embeddings", "pooler.")):  # saved from the base proper, without a head
-            name = layout.prefix + name
-        inside = name.startswith((layout.prefix + layout.blocks, layout.prefix + "embeddings"))
-        if (inside or name.rpartition(".")[0] in layout.head) and not name.endswith("_ids"):
-            tensors[name] = tensor.float() if name.rpartition(".")[0] in layout.head else tensor.to(dtype)
-    own = {name.removeprefix("base_model.model."): tensor for name, tensor in adapter.items()}
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in own.values()):
-        raise NotSupported("its adapter is not finite")
-    wanted = {
-        module
-        for name in tensors
-        if name.endswith(".weight") and tensors[name].ndim == 2
-        for module in [name.removesuffix(".weight")]
-        if any(module == target or module.endswith("." + target) for target in targets)
+    layout, stored = _named(config, base)
+    tensors = {
+        name: tensor.float() if name.rpartition(".")[0] in layout.head else tensor.to(dtype)
+        for name, tensor in stored.items()
     }
+    own = {name.removeprefix(_PEFT): tensor for name, tensor in adapter.items()}
     loras: dict[str, Lora] = {}
-    for module in sorted(wanted):
+    for module in _adapted(tensors, targets):
         a, b = own.pop(module + ".lora_A.weight", None), own.pop(module + ".lora_B.weight", None)
         weight = tensors[module + ".weight"]
         if a is None or b is None or (*b.shape, *a.shape) != (len(weight), rank, rank, weight.shape[1]):
@@ -546,3 +559,34 @@ def of_files(
     if {module for found in homes.values() for module in found} != set(head) or not all(homes.values()):
         raise NotSupported("its adapter does not hold just the head that it names")
     return build(config, tensors | {name: tensor.float() for name, tensor in own.items()}, loras, num_labels)
+
+
+_PEFT = "base_model.model."  # what peft puts before the names of the model that it wraps
+
+
+def _named(config: Mapping[str, Any], base: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
+    """The tensors of a base's file that the encoder takes, by transformers' names of today."""
+    kind = str(config.get("model_type"))
+    if kind not in LAYOUTS:
+        raise NotSupported(f"{kind} is not of the BERT family")
+    layout, tensors = LAYOUTS[kind], {}
+    for found, tensor in base.items():
+        name = found.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name.startswith((layout.blocks, "embeddings", "pooler.")):  # saved from the base proper, without a head
+            name = layout.prefix + name
+        inside = name.startswith((layout.prefix + layout.blocks, layout.prefix + "embeddings"))
+        if (inside or name.rpartition(".")[0] in layout.head) and not name.endswith("_ids"):
+            tensors[name] = tensor
+    return layout, tensors
+
+
+def _adapted(tensors: Mapping[str, Tensor], targets: Sequence[str]) -> list[str]:
+    """The modules whose weights get LoRA: those whose names end so, as peft matches them."""
+    modules = (
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and tensor.ndim == 2
+    )
+    return sorted(
+        module for module in modules if any(module == target or module.endswith("." + target) for target in targets)
+    )

@@ -1,0 +1,71 @@
+"""Signals that ask a run to stop: noted at once, obeyed at the next safe point.
+
+A handler that worked could meet a half-done update, so it only takes a note; the loop, the evaluation and the
+tokenizing look at it between two pieces of work with `check`.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SIGUSR1: SLURM's and LSF's early warning
+_SECOND_CTRL_C = 130
+
+_asked: signal.Signals | None = None
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked to stop, and a safe point was reached. A KeyboardInterrupt, as notebooks expect of Ctrl-C."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later, which here is to resume
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Within it, the signals that ask to stop raise nothing until `check`; a second Ctrl-C ends the process at once.
+
+    A signal that is ignored stays so: nohup ignores SIGHUP, and a shell SIGINT for what it runs in the background.
+    Only the main thread may set handlers; in any other this does nothing.
+    """
+    global _asked
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    _asked = None
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _note)
+    try:
+        yield
+    finally:
+        _asked = None
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def check() -> None:
+    """A safe point.
+
+    Raises:
+        Interrupted: a signal has asked to stop.
+    """
+    if _asked is not None:
+        raise Interrupted(_asked.name)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _asked
+    if _asked == signal.SIGINT == number:
+        os._exit(_SECOND_CTRL_C)
+    _asked = signal.Signals(number)
+    if number == signal.SIGINT:  # os.write: print may be at work in what was interrupted
+        os.write(2, b"\nstopping at the next safe point; Ctrl-C again stops at once\n")

@@ -1,0 +1,95 @@
+"""What is checked of an adapter folder before any of it is believed: kinds, places, sizes, names and shapes.
+
+Only safetensors and JSON are read, both of which hold no code, and no file is opened before it is known to be a plain
+one inside the folder. A folder that passes may still be wrong; it can neither run anything nor take all memory.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from trimtab.errors import ArtefactError, some
+
+_AGAIN = "copy the whole adapter folder again"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_FLOATS = {"F32", "F16", "BF16"}
+_MOST_BYTES = {"trimtab.json": 16 << 20, "adapter_config.json": 1 << 20, "tokenizer.json": 256 << 20}
+"""The largest in use: 17 MB of tokenizer.json (XLM-RoBERTa), and 30 bytes a label."""
+TENSORS = "adapter_model.safetensors"
+
+
+def check_files(folder: Path) -> None:
+    """Looks at the files of an adapter folder without opening one. Files that are missing are for the reader to tell.
+
+    Raises:
+        ArtefactError: a file is a link that leads out of the folder, is no plain file, is larger than one can be, or
+            the tensors are pickled.
+    """
+    for name in (*_MOST_BYTES, TENSORS):
+        file = folder / name
+        if not os.path.lexists(file):
+            continue
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ArtefactError(
+                "adapter.outside",
+                f"{name} is a link that leads out of the adapter's folder, so it is not followed.",
+                where=f"{file} -> {os.readlink(file) if file.is_symlink() else file.resolve()}",
+                mend=f"if you trust what it leads to: cp -rL {folder} COPY",
+            )
+        if not file.is_file():
+            raise ArtefactError("adapter.damaged", f"{name} is not a plain file.", where=str(file), mend=_AGAIN)
+        if (size := file.stat().st_size) > (most := _MOST_BYTES.get(name, size)):
+            raise ArtefactError(
+                "adapter.too_large",
+                f"{name} has {size:,} bytes; none of this kind has more than {most:,}.",
+                where=str(file),
+                mend=_AGAIN,
+            )
+    if (folder / TENSORS).exists():
+        return
+    if pickled := sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES):
+        raise ArtefactError(
+            "adapter.pickle",
+            f"The tensors are pickled ({pickled[0]}); reading a pickle can run whatever code it holds, so trimtab "
+            "reads safetensors only.",
+            where=str(folder),
+            mend=f'to convert tensors and nothing else, in that folder: python -c "import torch, safetensors.torch; '
+            f"safetensors.torch.save_file(torch.load('{pickled[0]}', weights_only=True), '{TENSORS}')\"",
+        )
+
+
+def read_tensors(file: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Reads a file of tensors that is, by its header, what was expected.
+
+    Raises:
+        ArtefactError: it cannot be read; a tensor is missing, extra, of another shape or kind, or not finite.
+    """
+    try:
+        with safe_open(file, "np") as header:  # "pt" would ask for memory of the file's size first
+            slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
+        shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
+        kinds = {name: str(found.get_dtype()) for name, found in slices.items()}
+        problems = [f"{name} is missing" for name in expected if name not in shapes]
+        problems += [f"{name} does not belong here" for name in shapes if name not in expected]
+        problems += [
+            f"{name} has shape {shapes[name]}, expected {shape}"
+            for name, shape in expected.items()
+            if shapes.get(name, shape) != shape
+        ]
+        problems += [
+            f"{name} holds {kind}, expected real numbers" for name, kind in kinds.items() if kind not in _FLOATS
+        ]
+        if not problems:
+            tensors: dict[str, torch.Tensor] = load_file(file)
+            problems = [f"{name} is not finite" for name, one in tensors.items() if not bool(torch.isfinite(one).all())]
+            if not problems:
+                return tensors
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(
+            "adapter.damaged", f"The adapter's tensors cannot be read: {error}", where=str(file), mend=_AGAIN
+        ) from None
+    raise ArtefactError("adapter.tensors", f"{some(problems)}.", where=str(file), mend=_AGAIN)
