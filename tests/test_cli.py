@@ -13,6 +13,7 @@ from typing import NamedTuple
 import bases
 import pytest
 from conftest import reviews, write_csv
+from test_adapter import seal
 
 from trimtab import cli
 
@@ -87,6 +88,7 @@ class TestTrain:
     def test_a_run_directory_holds_what_it_promises(self, run: Path) -> None:
         names = {path.name for path in run.iterdir()}
         assert names == {
+            ".lock",
             "recipe.toml",
             "environment.json",
             "events.jsonl",
@@ -282,6 +284,7 @@ def test_verify_notices_a_changed_adapter(call, run: Path, tmp_path: Path) -> No
     meta = json.loads((copy / "trimtab.json").read_text())
     meta["probes"][0]["logits"][0] += 0.01
     (copy / "trimtab.json").write_text(json.dumps(meta))
+    seal(copy)
     outcome = call("verify", copy, "--json")
     assert outcome.code == 7
     assert json.loads(outcome.out)["ok"] is False
@@ -336,8 +339,8 @@ def test_json_holds_every_character_on_any_stream(run: Path) -> None:
 def test_texts_that_are_trained_on_and_judged_by_are_told(call, bert: Path) -> None:
     write_csv(Path("a.csv"), reviews(40))
     told = call("train", "a.csv", "--eval", "a.csv", "--base", bert, "--dry-run")
-    assert "40 texts are both trained on and judged by" in told.err
+    assert "40 of the eval rows stand in the training file too" in told.err
     assert told.out.startswith("# 40 rows to train on, 40 to evaluate; 2 labels\n")
     assert "only 40 rows judge this run" in told.err
-    assert "judged by" not in call("train", "a.csv", "--base", bert, "--dry-run").err
+    assert "training file too" not in call("train", "a.csv", "--base", bert, "--dry-run").err
     assert call("predict", "run", "a.csv").err.startswith("error [usage]: a.csv is a file")

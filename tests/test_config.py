@@ -142,6 +142,7 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "train.max_grad_norm": st.floats(0, allow_infinity=False),
     "train.early_stopping_patience": st.integers(0),
     "train.metric_for_best_model": st.sampled_from(["auto", "loss", "accuracy", "macro_f1"]),
+    "train.class_weights": st.sampled_from(["none", "auto"]),
     "train.group_by_length": st.booleans(),
     "train.log_every_steps": st.integers(1),
     "train.save_every_s": st.floats(0, exclude_min=True, allow_infinity=False),

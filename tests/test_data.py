@@ -309,7 +309,7 @@ pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), WHOLE)
         ("a.csv", "text,label\nok,0\na\0b,1\n", "data.nul", ["line 3", "NUL"]),
         ("a.csv", "text,label\na,1\n".encode("utf-16-le"), "data.nul", ["line 1", "UTF-16"]),
         ("a.csv", b"\xff\xfea", "data.encoding", ["UTF-16"]),
-        ("a.csv", b"text,label\nok,0\n\xff\xfe,1\n", "data.encoding", ["line 3", "0xff", "iconv"]),
+        ("a.csv", b"text,label\nok,0\n\xff\xfe,1\n", "data.bad_rows", ["undecodable", "line 3", "0xff", "iconv"]),
         ("a.csv", b"\xef\xbb\xbftext,label\nab\xe9 c,1\n", "data.encoding", ["line 2", "0xe9"]),
         ("a.jsonl", b'{"text": "caf\xe9 "}', "data.encoding", ["line 1", "0xe9"]),
         ("a.json", '[{"text": "a", "label": 1}, {"text"', "data.json", ["array"]),
@@ -363,8 +363,24 @@ def test_a_folder_is_no_file() -> None:
 )  # fmt: skip
 def test_latin_1_is_refused_and_never_becomes_other_letters(text: str) -> None:
     error = refusal(write("a.csv", f"text,label\nfine,0\nmore words before {text},1\n".encode("latin-1")))
-    assert error.code == "data.encoding"
+    assert error.code == "data.bad_rows"
+    assert "undecodable" in str(error)
     assert "line 3" in str(error)
+
+
+def test_bytes_that_are_no_text_are_set_aside_row_by_row() -> None:
+    rows = [f"a film of {i} words,{i % 2}" for i in range(20)]
+    raw = "\n".join(["text,label", *rows]).encode() + b"\ncaf\xe9,1\nfine,\xff0\n"
+    found = data.read_rows([write("a.csv", raw)], skip_bad=True)
+    assert [(r.line, r.reason, r.value, r.column) for r in found.rejects] == [
+        (22, "undecodable", "byte 0xe9", "text"),
+        (23, "undecodable", "byte 0xff", "label"),
+    ]
+    assert found.rows_in == len(found.examples) + 2 == 22
+    chinese = "\n".join(["text,label", *(f"味道不错，就是送得太慢了{i},{i % 2}" for i in range(9))]).encode("gb18030")
+    found = data.read_rows([write("b.csv", chinese + b"\n\xff\xff,1\n")], skip_bad=True)
+    assert [reject.line for reject in found.rejects] == [11]
+    assert found.examples[0].text == "味道不错，就是送得太慢了0"
 
 
 def test_a_parquet_with_two_columns_of_one_name() -> None:

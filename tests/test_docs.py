@@ -42,9 +42,13 @@ def test_both_languages_have_the_same_structure_and_the_same_commands() -> None:
 @pytest.mark.parametrize("command", [c for c in commands(ENGLISH) if c.startswith("trimtab ")])
 def test_every_command_and_option_exists(command: str) -> None:
     words = shlex.split(command)
-    group = typer.main.get_command(app)
-    assert words[1] in group.commands, f"no such command: {command}"
-    known = {name for parameter in group.commands[words[1]].params for name in parameter.opts}
+    found = typer.main.get_command(app)
+    for word in words[1:]:
+        if not hasattr(found, "commands"):
+            break
+        assert word in found.commands, f"no such command: {command}"
+        found = found.commands[word]
+    known = {name for parameter in found.params for name in parameter.opts}
     known_settings = config.keys()
     used = [word.partition("=")[0] for word in words if word.startswith("--")]
     assert set(used) <= known, command
@@ -57,7 +61,10 @@ def test_every_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/architecture.md"])
+PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/guarantees.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_is_named_exists(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 from conftest import built, reviews, write_csv
 
 import trimtab
-from trimtab import batching, checkpoint, config, training
+from trimtab import batching, checkpoint, config, loop, training
 from trimtab.config import Layered
 from trimtab.errors import ArtefactError, DataError, DivergedError, RecipeError, ResourceError
+from trimtab.loop import Progress
 from trimtab.resolve import resolve
-from trimtab.training import Progress
 
 
 def small(csv_file: Path, base: Path, **settings: Any) -> Layered:
@@ -90,15 +91,13 @@ class TestRepeat:
         assert any(newest.name in text for text in told)
         assert contents(whole.adapter) == contents(resumed.adapter)
 
-    def test_a_damaged_best_checkpoint_starts_over_and_ends_the_same(
-        self, csv_file: Path, bert: Path, tmp_path: Path
-    ) -> None:
+    def test_a_damaged_best_checkpoint_costs_nothing(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         layered = small(csv_file, bert)
         whole = training.train(layered, out=str(tmp_path / "whole"))
         cut = training.train(layered, out=str(tmp_path / "cut"))
         (cut.path / "metrics.json").unlink()
         shutil.rmtree(cut.adapter)
-        best = cut.path / "checkpoints" / f"step-{cut.metrics['step']:06d}" / "tensors.safetensors"
+        best = cut.path / "checkpoints" / f"step-{cut.metrics['step']:06d}-evaluated" / "tensors.safetensors"
         best.write_bytes(best.read_bytes()[:-1])
         assert contents(training.resume(cut.path).adapter) == contents(whole.adapter)
 
@@ -107,19 +106,32 @@ class TestRepeat:
         run.path.joinpath("metrics.json").unlink()
         recipe = run.path / "recipe.toml"
         recipe.write_text(recipe.read_text("utf-8").replace("weight_decay = ", "weight_decay = 0.5  # "), "utf-8")
-        with pytest.raises(ArtefactError, match="is not what this run was started with"):
+        with pytest.raises(ArtefactError, match="is not what this run was started with") as refused:
             training.resume(run.path)
+        assert "-weight_decay = 0.01" in refused.value.where
+        assert "+weight_decay = 0.5" in refused.value.where
 
     def test_a_disk_without_room_is_told_with_the_way_to_go_on(
         self, csv_file: Path, bert: Path, tmp_path: Path
     ) -> None:
         run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
         run.path.joinpath("metrics.json").unlink()
-        run.path.joinpath("events.jsonl").unlink()
-        run.path.joinpath("events.jsonl").symlink_to("/dev/full")
+        run.path.joinpath("metrics.json.tmp").symlink_to("/dev/full")
         with pytest.raises(ResourceError, match="No space left on device") as caught:
             training.resume(run.path)
+        assert "recipe.toml, predictions.parquet, adapter, checkpoints/step-" in caught.value.what
         assert f"trimtab train --resume {run.path}" in caught.value.mend
+
+    def test_events_that_cannot_be_written_do_not_stop_a_run(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        whole = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
+        run = training.train(small(csv_file, bert), out=str(tmp_path / "b"))
+        for name in ("metrics.json", "events.jsonl"):
+            run.path.joinpath(name).unlink()
+        run.path.joinpath("events.jsonl").symlink_to("/dev/full")
+        told: list[str] = []
+        again = training.resume(run.path, observe=lambda event: told.append(str(event.get("text", ""))))
+        assert contents(again.adapter) == contents(whole.adapter)
+        assert sum("events.jsonl cannot be written" in text for text in told) == 1
 
     def test_a_file_of_the_user_does_not_take_the_place_of_a_library(
         self, csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -134,12 +146,41 @@ class TestRepeat:
         assert training.resume(run.path).metrics == run.metrics
         assert before == {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
 
+    def test_a_finished_run_that_does_not_verify_is_told(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
+        other = training.train(small(csv_file, bert, train__seed=7), out=str(tmp_path / "b"))
+        (run.path / "predictions.parquet").write_bytes((other.path / "predictions.parquet").read_bytes())
+        with pytest.raises(ArtefactError, match="does not answer as it did"):
+            training.resume(run.path)
+
     def test_changed_data_is_refused(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
         write_csv(csv_file, reviews(98))
         with pytest.raises(DataError, match="not what this recipe was written for"):
             training.train(config.load_recipe(str(run.path)), out=str(tmp_path / "b"))
         assert not (tmp_path / "b").exists()
+        run.path.joinpath("metrics.json").unlink()
+        with pytest.raises(DataError, match="the very rows that it began with") as refused:
+            training.resume(run.path)
+        assert "COPY" in refused.value.mend
+
+    def test_a_changed_base_is_refused(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        base = Path(shutil.copytree(bert, tmp_path / "base"))
+        run = training.train(small(csv_file, base), out=str(tmp_path / "a"))
+        run.path.joinpath("metrics.json").unlink()
+        weights = bytearray((base / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (base / "model.safetensors").write_bytes(weights)
+        with pytest.raises(DataError, match="base is not what this recipe was written for: sha256 "):
+            training.resume(run.path)
+
+    def test_stored_answers_that_cannot_be_read_are_told(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
+        stored = run.path / "predictions.parquet"
+        for damaged in (b"", b"PAR1", stored.read_bytes()[:-9]):
+            stored.write_bytes(damaged)
+            with pytest.raises(ArtefactError, match="stored answers cannot be read"):
+                training.resume(run.path)
 
 
 @pytest.mark.usefixtures("quick")
@@ -188,6 +229,68 @@ class TestLoop:
             training.train(
                 small(csv_file, bert, train__learning_rate=1e30, train__num_epochs=20), out=str(tmp_path / "run")
             )
+
+    def test_a_step_without_a_finite_loss_changes_nothing_and_is_recorded(
+        self, csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Steps 3 and 8 of 12 give no number; the others go on, and a resumed run ends in the same bytes."""
+        forward, calls = training.choose, []
+
+        def broken(*given: Any) -> Any:
+            engine = forward(*given)
+
+            def sometimes(encoded: Any, rows: Any, dropout_seed: int | None = None) -> torch.Tensor:
+                logits = engine.forward(encoded, rows, dropout_seed)
+                return logits * math.nan if dropout_seed in spoilt else logits
+
+            return replace(engine, forward=sometimes)
+
+        spoilt = {loop.dropout_seed(42, batch) for batch in (2, 7)}
+        monkeypatch.setattr(training, "choose", broken)
+        run = training.train(small(csv_file, bert), out=str(tmp_path / "run"), observe=calls.append)
+        told = [event for event in calls if event["event"] == "not_finite"]
+        assert [event["step"] for event in told] == [3, 8]
+        assert all(len(event["rows"]) == 16 and event["rows"][0].startswith("reviews.csv:") for event in told)
+        assert told[0]["largest_logit"] == "nan"
+        assert math.isfinite(run.metrics["loss"])
+
+        def stop(event: Mapping[str, Any]) -> None:
+            if event["event"] == "progress" and event.get("step") == 9:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            training.train(small(csv_file, bert), out=str(tmp_path / "cut"), observe=stop)
+        assert contents(training.resume(tmp_path / "cut").adapter) == contents(run.adapter)
+
+    def test_another_environment_is_told_and_the_run_goes_on(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        run = training.train(small(csv_file, bert), out=str(tmp_path / "run"))
+        (run.path / "metrics.json").unlink()
+        file = run.path / "environment.json"
+        then = json.loads(file.read_text("utf-8"))
+        then["versions"]["torch"], then["threads"] = "2.0.0", 64
+        file.write_text(json.dumps(then), "utf-8")
+        told: list[str] = []
+        training.resume(run.path, observe=lambda event: told.append(str(event.get("text", ""))))
+        changed = next(text for text in told if "began elsewhere" in text)
+        assert "torch 2.0.0 -> " in changed
+        assert "threads 64 -> 1" in changed
+        assert "may differ" in changed
+
+    def test_a_volume_without_room_is_found_before_the_run(
+        self, csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        usage = shutil.disk_usage(tmp_path)
+        asked = []
+
+        def nearly_full(path: Path) -> Any:
+            asked.append(path)
+            return usage._replace(free=1_000_000)
+
+        monkeypatch.setattr(shutil, "disk_usage", nearly_full)
+        with pytest.raises(ResourceError, match=r"writes up to \d+ MB, and 1 MB are free"):
+            training.train(small(csv_file, bert), out=str(tmp_path / "deep" / "run"))
+        assert asked == [tmp_path]
+        assert not (tmp_path / "deep").exists()
 
     def test_a_used_out_is_refused_untouched(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         (tmp_path / "mine").mkdir()
@@ -270,7 +373,7 @@ def test_the_tutorial_does_what_transformers_trainer_does(csv_file: Path, still_
     theirs = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     ours = [entry["loss"] for entry in run.metrics["evaluations"]]
     assert ours == pytest.approx(theirs, abs=1e-5)
-    best = checkpoint.read(run.path / "checkpoints" / f"step-{run.metrics['step']:06d}")
+    best = checkpoint.read(run.path / "checkpoints" / f"step-{run.metrics['step']:06d}-evaluated")
     for name, parameter in training.trainable(model).items():
         torch.testing.assert_close(best.tensors[f"parameter/{name}"], parameter.data, atol=2e-5, rtol=1e-4)
 
@@ -291,25 +394,25 @@ class _Epochs:
 
 
 def test_the_schedule_is_linear() -> None:
-    assert [training.schedule(step, 4, 0.0) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    warm = [training.schedule(step, 100, 0.06) for step in range(100)]
+    assert [loop.schedule(step, 4, 0.0) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    warm = [loop.schedule(step, 100, 0.06) for step in range(100)]
     assert warm.index(max(warm)) == 10, "at least 10 steps"
     assert warm[0] == pytest.approx(1 / 11)
     assert warm[-1] == pytest.approx(1 / 90)
-    assert max(training.schedule(step, 6, 0.5) for step in range(6)) == 1.0, "a short run still reaches its rate"
+    assert max(loop.schedule(step, 6, 0.5) for step in range(6)) == 1.0, "a short run still reaches its rate"
 
 
 def test_ties_go_to_the_lower_loss_then_to_the_earlier_epoch() -> None:
     best = {"epoch": 1, "step": 5, "accuracy": 0.8, "loss": 0.5}
     progress = Progress(best_step=5, evaluations=[best])
-    assert training._is_better({"accuracy": 0.8, "loss": 0.4}, progress, "accuracy")
-    assert not training._is_better({"accuracy": 0.8, "loss": 0.5}, progress, "accuracy")
-    assert training._is_better({"accuracy": 0.7, "loss": 0.4}, progress, "loss")
-    assert not training._is_better({"accuracy": 0.9, "loss": 0.6}, progress, "loss")
+    assert loop._is_better({"accuracy": 0.8, "loss": 0.4}, progress, "accuracy")
+    assert not loop._is_better({"accuracy": 0.8, "loss": 0.5}, progress, "accuracy")
+    assert loop._is_better({"accuracy": 0.7, "loss": 0.4}, progress, "loss")
+    assert not loop._is_better({"accuracy": 0.9, "loss": 0.6}, progress, "loss")
 
 
 def test_dropout_seeds_differ_from_batch_to_batch() -> None:
-    seeds = {training.dropout_seed(seed, batch) for seed in range(20) for batch in range(200)}
+    seeds = {loop.dropout_seed(seed, batch) for seed in range(20) for batch in range(200)}
     assert len(seeds) == 4_000
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert not math.isnan(sum(seeds))

@@ -6,8 +6,9 @@ from typing import Any
 
 from trimtab import config, console, evaluation, training
 from trimtab.config import RuntimeSettings
+from trimtab.loop import Observer
 from trimtab.predict import load
-from trimtab.training import Observer, Run
+from trimtab.training import Run
 
 __all__ = ["evaluate", "load", "train"]
 

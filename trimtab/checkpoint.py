@@ -7,8 +7,9 @@ renamed: it is whole or it is not there. Reading takes the newest one whose sums
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
+from trimtab import durable
 from trimtab.errors import ArtefactError, ResourceError
 
 _KEPT = 2  # newest checkpoints that stay, beside the best one
@@ -33,14 +35,18 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def write(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
-    """Writes `folder/step-<step>` atomically and returns it; one that is there already is replaced.
+def write(
+    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, evaluated: bool = False
+) -> Path:
+    """Writes `folder/step-<step>`, or `step-<step>-evaluated`, atomically, and returns it.
+
+    One name is one state of a run, so one that is there already and whole is left as it is.
 
     Raises:
         ResourceError: the disk is full, or the folder may not be written to.
     """
-    final = folder / f"step-{step:06d}"
-    draft = folder / f".tmp-{step:06d}-{os.getpid()}"
+    final = folder / name_of(step, evaluated=evaluated)
+    draft = folder / f".tmp-{final.name}-{os.getpid()}"
     contents = {
         "tensors.safetensors": save({name: tensor.detach().contiguous() for name, tensor in sorted(tensors.items())}),
         "state.json": (json.dumps(state, indent=1) + "\n").encode(),
@@ -50,20 +56,12 @@ def write(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: M
         json.dumps({"schema_version": 1, "step": step, "sha256": sums}, indent=1) + "\n"
     ).encode()
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        for name, data in contents.items():
-            with (draft / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        _sync_folder(draft)
-        if final.exists():
-            shutil.rmtree(final)
-        draft.rename(final)
-        _sync_folder(folder)
+        with durable.new_folder(final, draft):
+            for name, data in contents.items():
+                durable.write_bytes(draft / name, data)
     except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
+        if final.is_dir():
+            return final
         raise ResourceError(
             "checkpoint.write",
             f"The checkpoint of step {step:,} cannot be written: {error.strerror}. Older ones stand as they were.",
@@ -71,6 +69,11 @@ def write(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: M
             mend=f"make room, then: trimtab train --resume {folder.parent}",
         ) from None
     return final
+
+
+def name_of(step: int, *, evaluated: bool) -> str:
+    """The name of a checkpoint's folder: steps done, and whether the evaluation after them is done too."""
+    return f"step-{step:06d}" + ("-evaluated" if evaluated else "")
 
 
 def read(path: Path) -> Checkpoint:
@@ -98,23 +101,14 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, load(contents["tensors.safetensors"]), json.loads(contents["state.json"]))
 
 
-def newest(
-    folder: Path, needs: Callable[[Mapping[str, Any]], int] = lambda state: -1
-) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over; those are set aside.
-
-    `needs` names the step of another checkpoint without which this one is of no use, or -1.
-    """
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and why newer ones were passed over; those are set aside."""
     skipped: list[str] = []
     for path in reversed(_by_step(folder)):
         try:
-            found = read(path)
-            if (other := needs(found.state)) >= 0:
-                read(folder / f"step-{other:06d}")
-            return found, skipped
+            return read(path), skipped
         except ArtefactError as error:
-            about = "" if error.where == str(path) else f"it needs {Path(error.where).name}: "
-            skipped.append(f"{path.name}: {about}{error.what}")
+            skipped.append(f"{path.name}: {error.what}")
             aside = path.with_name(f".damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -124,20 +118,22 @@ def newest(
 def prune(folder: Path, best_step: int) -> None:
     """Deletes all but the newest two checkpoints and the best one."""
     for path in _by_step(folder)[:-_KEPT]:
-        if path.name != f"step-{best_step:06d}":
-            shutil.rmtree(path)
+        if path.name != name_of(best_step, evaluated=True):
+            trash = path.with_name(f".trash-{path.name}")
+            path.rename(trash)  # or a process that is killed here leaves half a checkpoint under a good name
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Deletes what a process that was killed left behind: drafts and trash. What was damaged stays, for a look."""
+    for path in (*folder.glob(".tmp-*"), *folder.glob(".trash-*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+_NAME = re.compile(r"step-(\d+)(-evaluated)?")
 
 
 def _by_step(folder: Path) -> list[Path]:
     """Oldest first. By number: from a million on, names no longer sort so."""
-    numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a directory cannot be opened, and renames are flushed by the system
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    found = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda one: (int(one[0].group(1)), bool(one[0].group(2))))]

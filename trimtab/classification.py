@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from trimtab import interrupts
 from trimtab.batching import evaluation_plan
 from trimtab.errors import DivergedError, RecipeError, did_you_mean, some
 from trimtab.forward import Forward
@@ -59,9 +60,19 @@ def make_labels(values: Sequence[str], names: Mapping[str, str]) -> Labels:
     return Labels(tuple(values), tuple(names.get(value, value) for value in values) if names else ())
 
 
-def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over rows: logits float32[B, C], labels int64[B] -> float32 scalar."""
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+def loss_sum(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Cross-entropy summed over rows: logits float32[B, C], labels int64[B], weights [C] or None -> scalar."""
+    return torch.nn.functional.cross_entropy(logits, labels, weight=weights, reduction="sum")
+
+
+def class_weights(labels: npt.NDArray[np.int64], classes: int) -> torch.Tensor:
+    """float32[C]: n / (C x rows of the class), so that every class counts alike and a row counts 1 on average.
+
+    King & Zeng 2001, "Logistic Regression in Rare Events Data"; scikit-learn's `balanced`. A class without rows: 0.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    weights = np.divide(len(labels), classes * counts, out=np.zeros(classes), where=counts > 0)
+    return torch.from_numpy(weights.astype(np.float32))
 
 
 def compute_logits(
@@ -78,6 +89,7 @@ def compute_logits(
     pieces: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
     with torch.inference_mode():
         for rows in evaluation_plan(encoded.lengths):
+            interrupts.check()
             pieces.append((rows, forward(encoded, rows).cpu().numpy()))
             after_batch(len(rows))
     if not pieces:

@@ -16,7 +16,7 @@ from trimtab.errors import RecipeError, TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.config import RuntimeSettings
-    from trimtab.training import Observer
+    from trimtab.loop import Observer
 
 app = typer.Typer(
     help="Fine-tune, judge and use LoRA adapters for text classification.\n\n"
@@ -230,6 +230,37 @@ def predict(
         else:
             for line in answer_files.table_lines(predictions, classifier.labels, lang):
                 print(line)
+
+
+data_app = typer.Typer(help="Look at labelled files.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("check")
+def data_check(
+    files: Files = None,
+    eval_files: EvalFiles = None,
+    test_files: TestFiles = None,
+    text: Text = None,
+    label: Label = None,
+    base: BaseOption = None,
+    bad_rows: BadRows = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Check labelled files as training would, and say what to know of them; nothing is written."""
+    from trimtab import config, report
+    from trimtab.resolve import resolve
+
+    given = _given(files, eval_files, test_files, text, label, base, bad_rows)
+    found = resolve(config.assemble(flags=given, settings=settings or [])).data_report
+    if as_json:
+        _json(found)
+        return
+    for line in report.data_lines(found):
+        print(line)
+    for warning in found["warnings"]:
+        print(f"! {warning}")
 
 
 @app.command("eval")
@@ -464,7 +495,9 @@ def _shown(path: Path) -> str:
 
 @contextmanager
 def _resume_hint() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Says how to go on when Ctrl-C stops a run that has begun."""
+    """Says how to go on when a signal stops a run that has begun."""
+    from trimtab.interrupts import Interrupted
+
     run = ""
 
     def note(event: Mapping[str, Any]) -> None:
@@ -473,7 +506,8 @@ def _resume_hint() -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
     try:
         yield note
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         hint = f"go on with:\n  trimtab train --resume {_shown(Path(run))}" if run else "nothing was written"
-        print(f"\nstopped; {hint}", file=sys.stderr)
-        sys.exit(130)
+        by = f" by {stop.name}" if isinstance(stop, Interrupted) else ""
+        print(f"\nstopped{by}; {hint}", file=sys.stderr)
+        sys.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)

@@ -142,6 +142,9 @@ class TrainSettings(Section):
     metric_for_best_model: Literal["auto", "loss", "accuracy", "macro_f1"] = Field(
         "auto", description="auto: accuracy, macro_f1 where the largest class is over 3 times the smallest."
     )
+    class_weights: Literal["none", "auto"] = Field(
+        "none", description="auto: a row weighs n / (classes x rows of its class); evaluation is never weighed."
+    )
     group_by_length: bool = Field(True, description="Put texts of similar length into a batch.")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two log lines.")
     save_every_s: float = Field(30.0, gt=0, description="Seconds between two checkpoints; each epoch has one too.")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from trimtab.report import parameter_lines, score_line
+from trimtab.report import data_lines, parameter_lines, score_line
 
 _SPARSE_S = 10.0  # seconds between two step lines where there is no live line
 
@@ -85,6 +85,10 @@ def event_lines(event: Mapping[str, Any]) -> list[str]:
         return [f"resume  from {event['path']}"]
     if kind == "forecast":
         return [f"plan    after {event['step']} steps: {duration(event['remaining_s'])} of training left"]
+    if kind == "not_finite":
+        return [
+            f"! step {event['step']:,} changed nothing: loss {event['loss']}, gradient norm {event['gradient_norm']}"
+        ]
     if kind == "step":
         return [
             f"step    {event['step']:,}/{event['steps']:,}  loss {event['loss']:.4f}  "
@@ -109,6 +113,7 @@ def _start_lines(event: Mapping[str, Any]) -> list[str]:
         f"data    {event['rows']:,} rows to train on, {event['eval_rows']:,} to evaluate"
         + (f", {event['test_rows']:,} to test" if event["test_rows"] else "")
         + f"; text <- {recipe['data']['text']}, label <- {recipe['data']['label']}",
+        *(f"        {line}" for line in data_lines(event["data"], whole=False)),
         f"labels  {len(labels)}: {shown}",
         f"base    {event['base_line']}",
         f"on      {event['placement']}",

@@ -50,7 +50,10 @@ _COMMON_CHINESE = frozenset(
     "好差评評很没沒味送吃服务務快慢点點还還客货貨退订單单看片影真太给給又去天想看你她吗嗎吧什么麼把被那最喜欢歡正负負面"
 )
 _HALF = re.compile("[\ud800-\udfff]")  # JSON's \ud83d without its other half: no file and no tokenizer takes it
+_BYTE = re.compile("[\udc80-\udcff]")  # a byte that no encoding took, as Python's surrogateescape keeps it
+_TORN = ", with bytes that are not"  # what the name of an encoding ends with where a file has such bytes
 _MENDS = {
+    "undecodable": "save the file as UTF-8, e.g.: iconv -f LATIN1 -t UTF-8 FILE > utf8-FILE; or: --bad-rows skip",
     "half a character": r"an escape such as \ud83d has lost its other half: write the text again, or: --bad-rows skip",
     "ragged": 'quote the text: a comma inside it needs "..." around the cell; or set such rows aside: --bad-rows skip',
     "null": "fill the cell, or set such rows aside: --bad-rows skip",
@@ -96,6 +99,11 @@ class Table:
     ragged: list[Reject] = field(default_factory=list)
     encoding: str = "UTF-8"
     delimiter: str = ""
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether some of its bytes belong to no encoding; they stand in the cells as lone surrogates."""
+        return self.encoding.endswith(_TORN)
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,8 @@ def read_rows(
                 problem, column, at_fault = of_text, text_column, cell
             if problem:
                 shown = at_fault if problem in ("not text", "not a label", "unknown label") else ""
+                if problem == "half a character" and table.is_torn and (byte := _foreign_byte(str(at_fault))):
+                    problem, shown = "undecodable", byte
                 rejects.append(Reject(name, line, problem, str(shown)[:80], column))
             else:
                 examples.append(Example(cell, value, name, line))
@@ -223,21 +233,41 @@ def draw(examples: list[Example], limit: int, seed: int) -> list[Example]:
 def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Splits off an evaluation part, stratified: each class gives `fraction` of its rows, at least one of two.
 
-    Both parts keep the order of the file. A class with a single row stays in the training part.
+    Both parts keep the order of the file. Texts that are the same (`reduced`) go together, with the class of the first
+    of them, so that nothing is judged that was trained on. A class with a single text stays in the training part.
     """
-    rows_of: dict[str, list[int]] = {}
+    first: dict[str, int] = {}
+    repeats: dict[int, list[int]] = {}
     for row, example in enumerate(examples):
-        rows_of.setdefault(example.label, []).append(row)
+        repeats.setdefault(first.setdefault(reduced(example.text), row), []).append(row)
+    texts_of: dict[str, list[int]] = {}
+    for row in repeats:
+        texts_of.setdefault(examples[row].label, []).append(row)
     rng = np.random.default_rng(seed)
     chosen: set[int] = set()
-    for label in sorted(rows_of):
-        rows = rng.permutation(rows_of[label])
-        count = max(1, round(len(rows) * fraction)) if len(rows) > 1 else 0
-        chosen.update(int(row) for row in rows[: min(count, len(rows) - 1)])
+    for label in sorted(texts_of):
+        texts = [int(row) for row in rng.permutation(texts_of[label])]
+        rows = sum(len(repeats[row]) for row in texts)
+        wanted, taken = max(1, round(rows * fraction)), 0
+        for row in texts[:-1]:
+            if taken < wanted:
+                chosen.update(repeats[row])
+                taken += len(repeats[row])
     return (
         [example for row, example in enumerate(examples) if row not in chosen],
         [example for row, example in enumerate(examples) if row in chosen],
     )
+
+
+_NOT_LETTERS_OR_DIGITS = re.compile(r"[\W_]+")
+
+
+def reduced(text: str) -> str:
+    """A text as its casefolded letters and digits, with nothing between them: texts of one such form are the same.
+
+    Spaces, punctuation, markup and case make no second text. One without letters and digits stays as it is.
+    """
+    return _NOT_LETTERS_OR_DIGITS.sub("", text.casefold()) or text.strip()
 
 
 def is_sorted_by_label(examples: Sequence[Example]) -> bool:
@@ -530,7 +560,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 
 
 def _read_text(path: Path, kind: str) -> Table:
-    text, encoding = decode(path, _bytes(path))
+    text, encoding = _decode_rows(path, _bytes(path))
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(
@@ -582,10 +612,45 @@ def decode(path: Path, raw: bytes) -> tuple[str, str]:
         text = raw.decode("gb18030")
     except UnicodeDecodeError:
         raise _undecodable(path, raw, first) from None
-    foreign = [char for char in text if ord(char) > 127]
-    if sum(char in _COMMON_CHINESE for char in foreign) < 0.15 * len(foreign):
+    if not _reads_as_chinese(text):
         raise _undecodable(path, raw, first)
     return text, "GB18030"
+
+
+def _decode_rows(path: Path, raw: bytes) -> tuple[str, str]:
+    """As `decode`; where only some lines are at fault, their bytes become lone surrogates.
+
+    A file with more bad lines than good ones has another encoding, and is refused as a whole.
+    """
+    try:
+        return decode(path, raw)
+    except DataError as error:
+        refused = error
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise refused
+    readings = {name: raw.decode(name, "surrogateescape").removeprefix("\ufeff") for name in ("UTF-8", "GB18030")}
+    if not _reads_as_chinese(readings["GB18030"]):
+        del readings["GB18030"]
+    shares = {}
+    for name, text in readings.items():
+        lines = [line for line in text.split("\n") if line.strip()]
+        bad = sum(bool(_BYTE.search(line)) for line in lines)
+        shares[name] = bad / max(1, len(lines) - 1)  # the first is the header
+    name = min(shares, key=lambda name: shares[name])
+    if shares[name] > 0.5:
+        raise refused
+    return readings[name], name + _TORN
+
+
+def _foreign_byte(text: str) -> str:
+    """The first byte of a text that belongs to no encoding; an empty string where there is none."""
+    found = _BYTE.search(text)
+    return f"byte 0x{ord(found.group()) - 0xDC00:02x}" if found else ""
+
+
+def _reads_as_chinese(text: str) -> bool:
+    foreign = [char for char in text if ord(char) > 127]
+    return sum(char in _COMMON_CHINESE for char in foreign) >= 0.15 * len(foreign)
 
 
 def _undecodable(
@@ -630,14 +695,12 @@ def _read_csv(path: Path, text: str, encoding: str, delimiter: str) -> Table:
                 header = cells
                 columns = [[] for _ in header]
             elif len(cells) != len(header):
-                ragged.append(
-                    Reject(
-                        str(path),
-                        line,
-                        "ragged",
-                        f"{len(cells)} cells under {len(header)} columns: {delimiter.join(cells)}"[:80],
-                    )
-                )
+                row = delimiter.join(cells)
+                if byte := _foreign_byte(row):  # in another encoding a delimiter may be a part of a character
+                    ragged.append(Reject(str(path), line, "undecodable", byte))
+                else:
+                    shown = f"{len(cells)} cells under {len(header)} columns: {row}"[:80]
+                    ragged.append(Reject(str(path), line, "ragged", shown))
             else:
                 lines.append(line)
                 for column, cell in zip(columns, cells, strict=True):
@@ -673,11 +736,23 @@ def _check_header(path: Path, header: list[str]) -> None:
         )
 
 
+def _is_array(text: str) -> bool:
+    """Whether a JSON file is one array; where its first line is one and more lines follow, it has an object a line."""
+    first, _, rest = text.strip().partition("\n")
+    if not first.startswith("["):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return not rest
+
+
 def _read_json(path: Path, text: str, encoding: str) -> Table:
     """One object a line, or one array of objects."""
     objects: list[tuple[int, Any]] = []
     ragged: list[Reject] = []
-    if text.lstrip().startswith("["):
+    if _is_array(text):
         try:
             objects = list(enumerate(json.loads(text), start=1))
         except (ValueError, RecursionError) as error:
@@ -692,9 +767,14 @@ def _read_json(path: Path, text: str, encoding: str) -> Table:
         for line, piece in enumerate(text.split("\n"), start=1):
             if piece.strip():
                 try:
-                    objects.append((line, json.loads(piece)))
+                    item = json.loads(piece)
                 except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
                     ragged.append(Reject(str(path), line, "not JSON", str(error)[:80]))
+                    continue
+                if encoding.endswith(_TORN) and isinstance(item, dict) and (byte := _foreign_byte("".join(item))):
+                    ragged.append(Reject(str(path), line, "undecodable", byte))
+                else:
+                    objects.append((line, item))
     if not objects and not ragged:
         raise DataError("data.empty", "This file is empty.", where=str(path), mend="one object a text")
     names = list(dict.fromkeys(name for _, item in objects if isinstance(item, dict) for name in item))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import psutil
 import torch
 
-from trimtab import batching
+from trimtab import batching, interrupts
 from trimtab.classification import loss_sum
 from trimtab.errors import RecipeError, ResourceError
 from trimtab.forward import Engine
@@ -137,6 +137,7 @@ def _seconds(action: Callable[[], object]) -> float:
     """The median of three times, or of those that patience allows."""
     found: list[float] = []
     while len(found) < 3 and sum(found) < _PATIENCE_S:
+        interrupts.check()
         began = time.perf_counter()
         action()
         found.append(time.perf_counter() - began)

@@ -21,11 +21,17 @@ def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def score_line(scores: Mapping[str, Any]) -> str:
-    """Accuracy with its interval, its baseline, and what it was measured on."""
+    """Accuracy with its interval, its baseline, and what it was measured on; beside it that of the clean rows."""
     low, high = scores["accuracy_ci95"]
+    clean = scores.get("clean")
     return (
         f"accuracy {scores['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}, {scores['eval_rows']:,} rows), "
         f"macro F1 {scores['macro_f1']:.3f}; always answering the commonest label: {scores['majority_accuracy']:.3f}"
+        + (
+            f"; on the {clean['eval_rows']:,} rows that are in no training file: {clean['accuracy']:.3f}"
+            if clean
+            else ""
+        )
     )
 
 
@@ -117,3 +123,37 @@ def model_card(job: Job, scores: Mapping[str, Any], epoch: int, parameters: Mapp
             "",
         ]
     )
+
+
+def data_lines(data_report: Mapping[str, Any], *, whole: bool = True) -> list[str]:
+    """What was found in the files as a short table, a column for each part; not whole: without lines of nothing."""
+    found: dict[str, Mapping[str, Any]] = {
+        role: data_report[role] for role in ("train", "eval", "test") if role in data_report
+    }
+    roles = list(found)
+    rows: list[tuple[str, list[str]]] = [
+        ("rows in", [_number(found[role]["rows_in"]) for role in roles]),
+        ("set aside", [_number(sum((found[role]["rows_skipped"] or {}).values())) for role in roles]),
+        ("used", [_number(found[role]["rows_used"]) for role in roles]),
+        ("labels", [_number(len(found[role]["rows_per_label"])) for role in roles]),
+        ("commonest label", [f"{found[role]['majority_share']:.1%}" for role in roles]),
+        ("duplicates", [_number(found[role]["duplicate_rows"]) for role in roles]),
+        ("several labels", [_number(found[role]["conflicting_texts"]) for role in roles]),
+        ("in training too", [_number(found[role].get("overlap_rows")) for role in roles]),
+        ("texts cut", [f"{found[role]['rows_cut'] / found[role]['rows_used']:.1%}" for role in roles]),
+        ("tokens cut", [f"{_share(found[role]):.1%}" for role in roles]),
+    ]
+    return [f"{'':<16}" + "".join(f"{role:>10}" for role in roles)] + [
+        f"{name:<16}" + "".join(f"{cell:>10}" for cell in cells)
+        for name, cells in rows
+        if whole or not {"0", "0.0%", "-"}.issuperset(cells)
+    ]
+
+
+def _share(one: Mapping[str, Any]) -> float:
+    whole = one["tokens"] + one["tokens_cut"]
+    return float(one["tokens_cut"] / whole) if whole else 0.0
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab import batching, data, tokens
+from trimtab import batching, data, preflight, tokens
 from trimtab.classification import Labels, make_labels
 from trimtab.config import Layered, Recipe
 from trimtab.data import Example, Rows
@@ -41,6 +41,8 @@ class Part:
 
     examples: list[Example]
     encoded: Encoded
+    known: npt.NDArray[np.bool_]
+    """bool[n]: whether a row's text stands in the training file too; all False for the training rows."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def resolve(layered: Layered) -> Job:
 
     index = labels.index()
     max_length = int(settled.recipe.data.max_length)
+    known = preflight.known_rows(rows, parts)
     encoded = {
         role: Part(
             examples,
@@ -126,10 +129,14 @@ def resolve(layered: Layered) -> Job:
                 max_length,
                 [index[example.label] for example in examples],
             ),
+            known=known[role],
         )
         for role, examples in parts.items()
     }
-    warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, labels, parts)
+    found_rows = preflight.report(rows, parts, known, labels.values)
+    _with_tokens(found_rows, rows, encoded)
+    warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, parts)
+    warnings += preflight.warnings(parts, found_rows)
     placement = place(recipe.runtime)
     if placement.throttled:
         warnings.append(placement.throttled)
@@ -143,7 +150,7 @@ def resolve(layered: Layered) -> Job:
         eval=encoded["eval"],
         test=encoded.get("test"),
         rejects=[reject for part in rows.values() for reject in part.rejects],
-        data_report=_report(rows, encoded, labels, warnings),
+        data_report={"labels": list(labels.values), "warnings": warnings, **found_rows},
         warnings=warnings,
         placement=placement,
     )
@@ -263,7 +270,6 @@ def _warnings(
     tokenizer: Tokenizer,
     train: Encoded,
     max_length: int,
-    labels: Labels,
     parts: dict[str, list[Example]],
 ) -> list[str]:
     """What a user should know before training, and what may stop nobody."""
@@ -283,43 +289,19 @@ def _warnings(
             f"{cut:.1%} of the training texts are cut at {max_length} tokens ({share:.1%} of all tokens are lost)"
             + (": --set data.max_length=512 reads more and takes longer" if max_length < 512 else "")
         )
-    alike: dict[str, list[str]] = {}
-    for label in labels.values:
-        alike.setdefault(" ".join(label.casefold().split()), []).append(f'"{label}"')
-    found += [
-        f"the labels {' and '.join(same)} differ in case or spaces alone, and are {len(same)} classes"
-        for same in alike.values()
-        if len(same) > 1
-    ]
-    counts = Counter(train.labels.tolist())
     if (eval_rows := len(parts["eval"])) < _FEW_ROWS:
         found.append(f"only {eval_rows} rows judge this run, so its score is a rough one; more rows, or --eval FILE")
-    judged = {example.text for role in ("eval", "test") for example in parts.get(role, ())}
-    if known := judged.intersection(texts):
-        found.append(f"{len(known):,} texts are both trained on and judged by: scores are too good")
-    small = [labels.values[i] for i in range(len(labels)) if counts[i] < 5]
-    if small:
-        found.append(f"{len(small)} of {len(labels)} classes have fewer than 5 training rows: {', '.join(small[:5])}")
     return found
 
 
-def _report(rows: dict[str, Rows], parts: dict[str, Part], labels: Labels, warnings: Sequence[str]) -> dict[str, Any]:
-    """data_report.json: for each role rows in = rows usable + rows set aside, and what the used ones look like."""
-    report: dict[str, Any] = {"labels": list(labels.values), "warnings": list(warnings)}
+def _with_tokens(found: dict[str, dict[str, Any]], rows: dict[str, Rows], parts: dict[str, Part]) -> None:
+    """Adds to the report of each part what only its tokens tell."""
     for role, part in parts.items():
         source = rows.get(role, rows["train"])
-        counts = Counter(example.label for example in part.examples)
-        report[role] = {
-            "files": source.files if role in rows else "split from the training files",
-            "rows_in": source.rows_in if role in rows else None,
-            "rows_usable": len(source.examples) if role in rows else None,
-            "rows_skipped": dict(Counter(reject.reason for reject in source.rejects)) if role in rows else None,
-            "rows_used": len(part.examples),
-            "rows_per_label": {label: counts[label] for label in labels.values},
+        found[role] |= {
             "tokens": int(part.encoded.lengths.sum()),
             "tokens_cut": int((part.encoded.full_lengths - part.encoded.lengths).sum()),
             "rows_cut": int(part.encoded.truncated.sum()),
             "text_column": source.text_column,
             "label_column": source.label_column,
         }
-    return report

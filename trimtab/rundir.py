@@ -3,13 +3,18 @@
 import json
 import os
 import platform
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from trimtab import durable
 from trimtab.errors import ArtefactError, RecipeError, ResourceError, did_you_mean
 from trimtab.machine import processor, usable_cores
 
@@ -68,26 +73,58 @@ class RunDir:
         return self.path / "checkpoints"
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Adds one line to the event stream."""
-        with self.events.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(event, ensure_ascii=False) + "\n")
+        """Adds one line to the event stream; behind half a line, of a process that was killed, a line of its own."""
+        line = (json.dumps(event, ensure_ascii=False) + "\n").encode()
+        with self.events.open("ab+") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                line = line if stream.read(1) == b"\n" else b"\n" + line
+            stream.write(line)
 
 
 def write_json(path: Path, value: object) -> None:
     """Writes JSON that people can read; the file is whole or not there."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
-    draft.replace(path)
+    durable.replace(path, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
 
 
-def create(out: str | None, stem: str) -> RunDir:
+@contextmanager
+def only_writer(run: RunDir) -> Iterator[None]:
+    """Within it, no other process can write this run; the lock ends with the process, however that ends.
+
+    Raises:
+        ResourceError: another process is writing it.
+    """
+    lock, writer = FileLock(run.path / ".lock"), run.path / ".writer.json"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = json.loads(writer.read_text("utf-8")) if writer.is_file() else {"pid": "?", "host": "?"}
+        raise ResourceError(
+            "run.locked",
+            f"Process {holder['pid']} on {holder['host']} is writing this run.",
+            where=str(run.path),
+            mend="wait until it is done, or stop it; the lock ends with it",
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        write_json(writer, {"pid": os.getpid(), "host": platform.node()})
+        yield
+    finally:
+        writer.unlink(missing_ok=True)
+        lock.release()
+
+
+def create(out: str | None, stem: str, *, needs: int = 0) -> RunDir:
     """Makes the run directory: `out` itself, else `runs/<time>-<stem>` with `runs/latest` pointing to it.
 
     Raises:
         RecipeError: `out` exists and is not empty.
-        ResourceError: the directory cannot be made.
+        ResourceError: the directory cannot be made, or its volume has less than `needs` bytes left.
     """
     try:
+        _check_room(Path(os.path.expanduser(out or "runs")).resolve(), needs)
         if out is not None:
             path = Path(os.path.expanduser(out)).resolve()
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -116,6 +153,18 @@ def create(out: str | None, stem: str) -> RunDir:
             where=str(error.filename),
             mend="--out DIR in a folder that you may write to",
         ) from None
+
+
+def _check_room(path: Path, needs: int) -> None:
+    volume = next(place for place in (path, *path.parents) if place.exists())
+    free = shutil.disk_usage(volume).free
+    if free < needs:
+        raise ResourceError(
+            "disk.too_little",
+            f"This run writes up to {needs / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free.",
+            where=str(volume),
+            mend="make room, or --out DIR on another volume",
+        )
 
 
 def _point_latest_to(path: Path) -> None:

@@ -1,0 +1,154 @@
+"""What is told of the rows before training: repeats, contradictions, overlap, small classes; and what it changes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import reviews, write_csv
+from hypothesis import given
+from hypothesis import strategies as st
+from test_training import small
+from typer.testing import CliRunner
+
+from trimtab import cli, config, data, preflight, training
+from trimtab.classification import class_weights
+from trimtab.data import Example
+from trimtab.resolve import resolve
+
+
+def rows(*pairs: tuple[str, str]) -> list[Example]:
+    return [Example(text, label, "a.csv", line) for line, (text, label) in enumerate(pairs, start=2)]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Good film!", "good  FILM", True),
+        ("Good<br />film", "Goodbrfilm", True),
+        ("STRASSE", "straße", True),
+        ("好看！", "好看", True),
+        ("good_film", "good film", True),
+        ("good film", "good films", False),
+        ("10", "100", False),
+        ("!!!", "???", False),
+        (":)", " :) ", True),
+    ],
+)
+def test_texts_are_the_same_by_their_letters_and_digits(one: str, other: str, same: bool) -> None:
+    assert (data.reduced(one) == data.reduced(other)) == same
+
+
+def test_repeats_and_contradictions_are_counted() -> None:
+    found = preflight.repeats(rows(("Good.", "a"), ("good", "a"), ("GOOD!", "b"), ("bad", "b"), ("good", "b")))
+    assert (found.duplicate_rows, found.conflicting_texts) == (1, 1)
+    assert found.conflict is not None
+    assert [example.line for example in found.conflict] == [2, 4]
+
+
+def test_overlap_is_told_row_by_row() -> None:
+    judged = rows(("a Film", "a"), ("another", "b"))
+    assert preflight.overlap(rows(("a film.", "b")), judged) == [True, False]
+
+
+WORDS = st.sampled_from(["a", "A!", "b", "c", "d", "e e", "ee", "f"])
+
+
+@given(st.lists(st.tuples(WORDS, st.sampled_from("xy")), min_size=1))
+def test_a_split_never_parts_what_is_the_same(pairs: list[tuple[str, str]]) -> None:
+    examples = rows(*pairs)
+    train, evaluation = data.split(examples, 0.3, 7)
+    assert sorted(train + evaluation, key=lambda e: e.line) == examples
+    assert not any(preflight.overlap(train, evaluation))
+    assert train
+
+
+def test_without_repeats_the_split_is_that_of_the_rows() -> None:
+    examples = rows(*((f"text {i}", "ab"[i % 2]) for i in range(40)))
+    _, evaluation = data.split(examples, 0.1, 42)
+    rng = np.random.default_rng(42)
+    expected = {int(row) for label in (0, 1) for row in rng.permutation(list(range(label, 40, 2)))[:2]}
+    assert {example.line - 2 for example in evaluation} == expected
+
+
+@pytest.fixture
+def overlapping(tmp_path: Path) -> tuple[Path, Path]:
+    """96 training rows, and 40 judged ones of which 10 stand among them, in other letters."""
+    train = reviews(96)
+    judged = [(text + " indeed", label) for text, label in reviews(30)]
+    judged += [(text.upper() + "!", label) for text, label in train[:10]]
+    return write_csv(tmp_path / "train.csv", train), write_csv(tmp_path / "judged.csv", judged)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_headline_is_given_on_clean_rows_too(overlapping: tuple[Path, Path], bert: Path, tmp_path: Path) -> None:
+    train, judged = overlapping
+    told: list[str] = []
+    run = training.train(
+        small(train, bert, data__test=(str(judged),)),
+        out=str(tmp_path / "run"),
+        observe=lambda event: told.append(str(event.get("text", ""))),
+    )
+    assert run.metrics["overlap_rows"] == 10
+    assert run.metrics["eval_rows"] == 40
+    assert run.metrics["clean"]["eval_rows"] == 30
+    report = json.loads((run.path / "data_report.json").read_text("utf-8"))
+    assert report["test"]["overlap_rows"] == 10
+    assert any("10 of the test rows stand in the training file too" in text for text in told)
+
+
+def test_rows_that_were_not_drawn_count_as_training_rows(overlapping: tuple[Path, Path], bert: Path) -> None:
+    train, judged = overlapping
+    job = resolve(small(train, bert, data__eval=(str(judged),), data__limit_train=20))
+    assert job.eval.known.sum() == 10
+    assert not job.train.known.any()
+
+
+def test_data_check_tells_and_writes_nothing(overlapping: tuple[Path, Path], bert: Path, tmp_path: Path) -> None:
+    train, judged = overlapping
+    before = sorted(tmp_path.iterdir())
+    command = ["data", "check", str(train), "--eval", str(judged), "--base", str(bert)]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    lines = {line[:16].strip(): line[16:].split() for line in done.stdout.splitlines() if not line.startswith("!")}
+    assert lines["rows in"] == ["96", "40"]
+    assert lines["in training too"] == ["-", "10"]
+    assert "! 10 of the eval rows stand in the training file too" in done.stdout
+    found = json.loads(CliRunner().invoke(cli.app, [*command, "--json"]).stdout)
+    assert found["eval"]["overlap_rows"] == 10
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_imbalance_small_classes_and_look_alikes_are_told(bert: Path, tmp_path: Path) -> None:
+    pairs = [(f"a film number {i}", "good") for i in range(60)] + [(f"a plot number {i}", "Good ") for i in range(3)]
+    file = write_csv(tmp_path / "a.csv", pairs)
+    job = resolve(config.assemble(flags={"data.train": (str(file),), "base.model": str(bert)}))
+    said = "\n".join(job.warnings)
+    assert "always answering the commonest label" in said
+    assert "--set train.class_weights=auto" in said
+    assert "fewer than 5 training rows" in said
+    assert "differ in case or spaces alone" in said
+    assert job.recipe.train.metric_for_best_model in ("macro_f1", "loss")
+
+
+def test_class_weights_count_every_class_alike() -> None:
+    labels = np.array([0, 0, 0, 1])
+    weights = class_weights(labels, 3)
+    assert weights.tolist() == pytest.approx([4 / 9, 4 / 3, 0.0])
+    assert class_weights(labels, 2)[labels].mean() == pytest.approx(1.0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_weighing_changes_what_is_learned(bert: Path, tmp_path: Path) -> None:
+    pairs = [(f"a film number {i}", "good") for i in range(80)] + [(f"a plot number {i}", "bad") for i in range(10)]
+    file = write_csv(tmp_path / "a.csv", pairs)
+    runs = [
+        training.train(
+            small(file, bert, train__class_weights=how, train__num_epochs=1, train__learning_rate=1e-3),
+            out=str(tmp_path / how),
+        )
+        for how in ("none", "auto")
+    ]
+    shares = [np.exp(np.array(run.metrics["per_class"]["bad"]["recall"])) for run in runs]
+    assert runs[0].metrics["loss"] != runs[1].metrics["loss"]
+    assert shares[1] >= shares[0]
