@@ -351,6 +351,13 @@ def test_no_bit_and_no_length_can_change_without_being_found(copied: Path, trial
         predict.load(copied)
 
 
+def test_an_adapter_of_before_there_were_sums_of_descriptions_loads(copied: Path) -> None:
+    meta = json.loads((copied / "trimtab.json").read_text("utf-8"))
+    kept = {key: value for key, value in meta.items() if key not in ("sha256", "config_sha256")}
+    (copied / "trimtab.json").write_text(json.dumps(kept), "utf-8")
+    predict.load(copied)
+
+
 def _says(raw: bytes | bytearray) -> object:
     try:
         return json.loads(bytes(raw))
