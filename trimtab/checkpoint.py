@@ -46,6 +46,8 @@ def write(
         ResourceError: the disk is full, or the folder may not be written to.
     """
     final = folder / name_of(step, evaluated=evaluated)
+    if final.is_dir():
+        return final
     draft = folder / f".tmp-{final.name}-{os.getpid()}"
     contents = {
         "tensors.safetensors": save({name: tensor.detach().contiguous() for name, tensor in sorted(tensors.items())}),
@@ -60,8 +62,6 @@ def write(
             for name, data in contents.items():
                 durable.write_bytes(draft / name, data)
     except OSError as error:
-        if final.is_dir():
-            return final
         raise ResourceError(
             "checkpoint.write",
             f"The checkpoint of step {step:,} cannot be written: {error.strerror}. Older ones stand as they were.",

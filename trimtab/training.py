@@ -113,7 +113,7 @@ def _train(layered: Layered, out: str | None, budget: str, observe: Observer) ->
     job = planned.ready.job
     estimate.check_memory(job, planned.speed, planned.estimate)
     run = rundir.create(out, Path(job.recipe.data.train[0]).name.partition(".")[0], needs=_disk_bytes(planned.ready))
-    with rundir.only_writer(run), _disk_errors(run):
+    with _disk_errors(run), rundir.only_writer(run):
         durable.replace(run.recipe, config.dump(job.layered).encode())
         _describe(run, job, planned.ready.engine)
         return _run(run, planned.ready, planned.estimate, job.warnings, started, observe)
@@ -148,7 +148,7 @@ def _resume(path: str | Path, observe: Observer) -> Run:
         observe({"event": "warning", "text": "this run was finished already: it verifies, and nothing was changed"})
         observe({"event": "end", "run": str(run.path), "metrics": metrics})
         return Run(run.path, metrics)
-    with rundir.only_writer(run), _disk_errors(run):
+    with _disk_errors(run), rundir.only_writer(run):
         checkpoint.sweep(run.checkpoints)
         for draft in run.path.glob(".adapter-*"):  # of a process that was killed
             shutil.rmtree(draft, ignore_errors=True)
