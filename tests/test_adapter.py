@@ -358,6 +358,15 @@ def test_an_adapter_of_before_there_were_sums_of_descriptions_loads(copied: Path
     predict.load(copied)
 
 
+@pytest.mark.parametrize("gone", ["sha256", "config_sha256"])
+def test_one_sum_without_the_other_is_damage(copied: Path, gone: str) -> None:
+    meta = json.loads((copied / "trimtab.json").read_text("utf-8"))
+    meta["sha257"] = meta.pop(gone)
+    (copied / "trimtab.json").write_text(json.dumps(meta), "utf-8")
+    with pytest.raises(ArtefactError, match="is not what training wrote"):
+        predict.load(copied)
+
+
 def _says(raw: bytes | bytearray) -> object:
     try:
         return json.loads(bytes(raw))

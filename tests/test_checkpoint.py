@@ -1,5 +1,7 @@
 """Checkpoints: whole or not there, in the order of their steps."""
 
+import json
+import os
 import resource
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from trimtab import checkpoint
-from trimtab.errors import ResourceError
+from trimtab.errors import ArtefactError, ResourceError
 
 
 def write(folder: Path, step: int) -> None:
@@ -35,4 +37,28 @@ def test_a_disk_that_is_full_is_told_and_leaves_the_older_ones(tmp_path: Path) -
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "--resume" in caught.value.mend
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert checkpoint.newest(tmp_path)[0] is not None
+
+
+def test_a_checkpoint_of_another_version_is_no_damage(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    manifest = tmp_path / "step-000001" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text("utf-8")) | {"schema_version": 1}), "utf-8")
+    with pytest.raises(ArtefactError, match="schema version is 1"):
+        checkpoint.newest(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_disk_that_does_not_answer_says_nothing_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+
+    def fails(path: Path) -> bytes:
+        raise OSError(24, os.strerror(24), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        with pytest.raises(OSError, match="Too many open files"):
+            checkpoint.newest(tmp_path)
     assert checkpoint.newest(tmp_path)[0] is not None

@@ -575,3 +575,24 @@ def test_the_last_ending_tells_the_format() -> None:
         None,
         "parquet",
     ]
+
+
+def test_a_header_of_another_encoding_is_told_as_that() -> None:
+    error = refusal(write("a.csv", "texte,catégorie\nbien,a\nmal,b\n".encode("latin-1")))
+    assert (error.code, "Line 1" in str(error), "iconv" in str(error)) == ("data.encoding", True, True)
+
+
+def test_a_line_of_json_with_half_a_name_is_a_row_that_cannot_be_used() -> None:
+    file = write("a.jsonl", b'{"text": "a", "label": "x"}\n{"te\\ud83dxt": "b", "label": "y"}\n')
+    found = data.read_rows([file], skip_bad=True)
+    assert [(reject.line, reject.reason) for reject in found.rejects] == [(2, "half a character")]
+
+
+def test_a_pipe_is_refused_and_not_waited_for() -> None:
+    os.mkfifo("p.csv")
+    assert refusal("p.csv").code == "data.pipe"
+
+
+def test_a_list_in_the_first_line_does_not_make_a_file_an_array() -> None:
+    file = write("a.jsonl", b'["a", "x"]\n{"text": "b", "label": "y"}\n')
+    assert [reject.reason for reject in data.read_rows([file], skip_bad=True).rejects] == ["not an object"]

@@ -122,3 +122,10 @@ def test_lines_that_are_all_broken_are_named() -> None:
     Path("in.jsonl").write_text("{text\n{text\n")
     with pytest.raises(DataError, match=r"2 rows hold no text.*in.jsonl line 1 \(not JSON\)"):
         files.read(["in.jsonl"], "auto")
+
+
+def test_a_byte_of_no_encoding_is_found_before_the_first_answer() -> None:
+    """Also in a column that is only passed on: what cannot be written must not be found at the end."""
+    Path("a.csv").write_bytes(b"text,note\nfine,ok\nfine,caf\xe9 \nfine,ok\n")
+    with pytest.raises(DataError, match=r"Line 3 .*byte 0xe9"):
+        list(files.read(["a.csv"], "auto"))

@@ -29,6 +29,9 @@ def rows(*pairs: tuple[str, str]) -> list[Example]:
         ("STRASSE", "straße", True),
         ("好看！", "好看", True),
         ("good_film", "good film", True),
+        ("good ❤️", "good ❤", True),
+        ("दिन", "दान", False),
+        ("กา", "กี", False),
         ("good film", "good films", False),
         ("10", "100", False),
         ("!!!", "???", False),
@@ -41,7 +44,7 @@ def test_texts_are_the_same_by_their_letters_and_digits(one: str, other: str, sa
 
 def test_repeats_and_contradictions_are_counted() -> None:
     found = preflight.repeats(rows(("Good.", "a"), ("good", "a"), ("GOOD!", "b"), ("bad", "b"), ("good", "b")))
-    assert (found.duplicate_rows, found.conflicting_texts) == (1, 1)
+    assert (found.duplicate_rows, found.conflicting_texts) == (2, 1)
     assert found.conflict is not None
     assert [example.line for example in found.conflict] == [2, 4]
 
@@ -149,6 +152,16 @@ def test_weighing_changes_what_is_learned(bert: Path, tmp_path: Path) -> None:
         )
         for how in ("none", "auto")
     ]
-    shares = [np.exp(np.array(run.metrics["per_class"]["bad"]["recall"])) for run in runs]
     assert runs[0].metrics["loss"] != runs[1].metrics["loss"]
-    assert shares[1] >= shares[0]
+
+
+def test_a_text_that_stands_there_often_does_not_fill_the_evaluation_part() -> None:
+    examples = rows(*[("the same", "a")] * 50, *[(f"text {i}", "a") for i in range(50)])
+    for seed in range(50):
+        assert len(data.split(examples, 0.1, seed)[1]) == 10
+
+
+def test_with_every_row_in_the_training_file_no_fair_score_is_promised(bert: Path, tmp_path: Path) -> None:
+    file = str(write_csv(tmp_path / "a.csv", reviews(40)))
+    job = resolve(config.assemble(flags={"data.train": (file,), "data.eval": (file,), "base.model": str(bert)}))
+    assert any("none is left for a fair score" in warning for warning in job.warnings)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import built, reviews, write_csv
@@ -146,6 +148,63 @@ class TestRepeat:
         assert training.resume(run.path).metrics == run.metrics
         assert before == {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
 
+    @pytest.mark.parametrize("name", ["predictions.parquet", "metrics.json"])
+    def test_a_finished_run_that_lost_a_file_is_finished_again(
+        self, csv_file: Path, bert: Path, tmp_path: Path, name: str
+    ) -> None:
+        run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
+        before = contents(run.adapter) | {"predictions": (run.path / "predictions.parquet").read_bytes()}
+        if name == "metrics.json":
+            (run.path / name).write_text("{}", "utf-8")
+        else:
+            (run.path / name).unlink()
+        again = training.resume(run.path)
+        assert lasting(again.metrics) == lasting(run.metrics)
+        assert before == contents(run.adapter) | {"predictions": (run.path / "predictions.parquet").read_bytes()}
+
+    def test_a_run_killed_before_it_described_itself_is_described(
+        self, csv_file: Path, bert: Path, tmp_path: Path
+    ) -> None:
+        csv_file.write_text(csv_file.read_text("utf-8") + ",pos\n", "utf-8")
+        run = training.train(small(csv_file, bert, data__bad_rows="skip"), out=str(tmp_path / "a"))
+        files = ("data_report.json", "rejects.csv", "environment.json")
+        before = [(run.path / name).read_bytes() for name in files]
+        for name in (*files, "metrics.json"):
+            (run.path / name).unlink()
+        training.resume(run.path)
+        assert [(run.path / name).read_bytes() for name in files] == before
+
+    def test_a_folder_of_a_run_killed_before_its_recipe_is_empty(
+        self, csv_file: Path, bert: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "a"
+        out.mkdir()
+        for name in (".lock", ".writer.json", "recipe.toml.tmp"):
+            (out / name).touch()
+        assert training.train(small(csv_file, bert), out=str(out)).metrics["scored_on"] == "eval"
+
+    @pytest.mark.parametrize("damage", ["[]", "{", '{"versions": 5}'])
+    def test_a_damaged_record_of_the_environment_stops_nothing(
+        self, csv_file: Path, bert: Path, tmp_path: Path, damage: str
+    ) -> None:
+        run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
+        run.path.joinpath("metrics.json").unlink()
+        run.path.joinpath("environment.json").write_text(damage, "utf-8")
+        assert training.resume(run.path).metrics["scored_on"] == "eval"
+
+    def test_a_terminal_that_goes_away_does_not_stop_a_run(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+        told = []
+
+        def observe(event: Mapping[str, Any]) -> None:
+            told.append(event)
+            if event.get("step") == 3:
+                raise OSError(5, "Input/output error")
+
+        whole = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
+        deaf = training.train(small(csv_file, bert), out=str(tmp_path / "b"), observe=observe)
+        assert contents(deaf.adapter) == contents(whole.adapter)
+        assert told[-1]["step"] == 3
+
     def test_a_finished_run_that_does_not_verify_is_told(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
         other = training.train(small(csv_file, bert, train__seed=7), out=str(tmp_path / "b"))
@@ -177,7 +236,15 @@ class TestRepeat:
     def test_stored_answers_that_cannot_be_read_are_told(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         run = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
         stored = run.path / "predictions.parquet"
-        for damaged in (b"", b"PAR1", stored.read_bytes()[:-9]):
+        whole = pq.read_table(stored)
+        odd = [whole.slice(0, 0), whole.set_column(0, "text", pa.nulls(len(whole), pa.string()))]
+        odd += [whole.set_column(whole.column_names.index("logits"), "logits", pa.array([[1.0]] * len(whole)))]
+        odd += [whole.set_column(0, "text", pa.array([1] * len(whole)))]
+        written = []
+        for table in odd:
+            pq.write_table(table, tmp_path / "odd.parquet")
+            written.append((tmp_path / "odd.parquet").read_bytes())
+        for damaged in (b"", b"PAR1", stored.read_bytes()[:-9], *written):
             stored.write_bytes(damaged)
             with pytest.raises(ArtefactError, match="stored answers cannot be read"):
                 training.resume(run.path)
@@ -262,6 +329,33 @@ class TestLoop:
             training.train(small(csv_file, bert), out=str(tmp_path / "cut"), observe=stop)
         assert contents(training.resume(tmp_path / "cut").adapter) == contents(run.adapter)
 
+    def test_a_first_step_without_a_finite_loss_can_be_saved_and_gone_on_from(
+        self, csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Before the first update AdamW has no moments."""
+        forward = training.choose
+
+        def broken(*given: Any) -> Any:
+            engine = forward(*given)
+
+            def first_is_not(encoded: Any, rows: Any, dropout_seed: int | None = None) -> torch.Tensor:
+                logits = engine.forward(encoded, rows, dropout_seed)
+                return logits * math.nan if dropout_seed == loop.dropout_seed(42, 0) else logits
+
+            return replace(engine, forward=first_is_not)
+
+        monkeypatch.setattr(training, "choose", broken)
+        recipe = small(csv_file, bert, train__save_every_s=1e-9)
+        run = training.train(recipe, out=str(tmp_path / "run"))
+
+        def stop(event: Mapping[str, Any]) -> None:
+            if event["event"] == "checkpoint":
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            training.train(recipe, out=str(tmp_path / "cut"), observe=stop)
+        assert contents(training.resume(tmp_path / "cut").adapter) == contents(run.adapter)
+
     def test_another_environment_is_told_and_the_run_goes_on(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         run = training.train(small(csv_file, bert), out=str(tmp_path / "run"))
         (run.path / "metrics.json").unlink()
@@ -287,8 +381,9 @@ class TestLoop:
             return usage._replace(free=1_000_000)
 
         monkeypatch.setattr(shutil, "disk_usage", nearly_full)
-        with pytest.raises(ResourceError, match=r"writes up to \d+ MB, and 1 MB are free"):
+        with pytest.raises(ResourceError, match=r"writes up to \d+ MB, and 1 MB are free") as refused:
             training.train(small(csv_file, bert), out=str(tmp_path / "deep" / "run"))
+        assert refused.value.code == "disk.too_little"
         assert asked == [tmp_path]
         assert not (tmp_path / "deep").exists()
 

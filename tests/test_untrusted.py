@@ -61,6 +61,16 @@ def edited(name: str, **values: object) -> Callable[[Path, Path], None]:
     return do
 
 
+def described(change: Callable[[Any], object]) -> Callable[[Path, Path], None]:
+    def do(folder: Path, mark: Path) -> None:
+        meta = json.loads((folder / "trimtab.json").read_text("utf-8"))
+        change(meta)
+        (folder / "trimtab.json").write_text(json.dumps(meta), "utf-8")
+        seal(folder)
+
+    return do
+
+
 def pickled(name: str, *, alone: bool = True) -> Callable[[Path, Path], None]:
     def do(folder: Path, mark: Path) -> None:
         if alone:
@@ -85,6 +95,11 @@ def linked(name: str, *, absolute: bool) -> Callable[[Path, Path], None]:
         (folder / name).symlink_to(outside if absolute else Path("..") / "outside")
 
     return do
+
+
+def circle(folder: Path, mark: Path) -> None:
+    (folder / TENSORS).unlink()
+    (folder / TENSORS).symlink_to(TENSORS)
 
 
 def header(said: dict[str, Any], *, length: int | None = None, data: bytes = b"") -> Callable[[Path, Path], None]:
@@ -144,6 +159,7 @@ PAYLOADS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a config elsewhere": (linked("adapter_config.json", absolute=True), "leads out of"),
     "a pipe for tensors": (pipe(TENSORS), "not a plain file"),
     "a pipe for a description": (pipe("trimtab.json"), "not a plain file"),
+    "links in a circle": (circle, "leads out of"),
     "40 GB of tensors": (huge, "is missing"),
     "a rank of 65,536": (huge_rank, "expected (65536"),
     "a header of 2^60 bytes": (header({"a": ONE}, length=1 << 60), "cannot be read"),
@@ -157,6 +173,7 @@ PAYLOADS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "another scale by pattern": (edited("adapter_config.json", alpha_pattern={"query": 99}), "alpha_pattern"),
     "a head that never ends": (edited("trimtab.json", head=["(a|a|a)*" * 9 + "b"]), "head is a list"),
     "targets that never end": (edited("adapter_config.json", target_modules=["(.*)*" * 9 + "b"]), "target_modules is"),
+    "a pad id of 10^30": (described(lambda meta: meta["preprocessing"].update(pad_id=10**30)), "pad_id"),
     "another method": (edited("adapter_config.json", peft_type="IA3"), "peft_type"),
     "trained biases": (edited("adapter_config.json", bias="all"), "bias"),
 }
@@ -181,6 +198,39 @@ def test_nothing_of_a_stranger_runs_is_followed_or_accepted(
     assert not mark.exists()
 
 
+def other_numbers(folder: Path) -> None:
+    """A word whose number the base has no vector for."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    tokenizer["model"]["vocab"]["film"] = 1_000_000
+    written = json.dumps(tokenizer).encode()
+    (folder / "tokenizer.json").write_bytes(written)
+    digest = hashlib.sha256(written).hexdigest()
+    described(lambda meta: meta["preprocessing"].update(tokenizer_sha256=digest))(folder, folder)
+
+
+@pytest.mark.parametrize("fast", ["auto", "off"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_numbers,
+        lambda folder: described(lambda meta: meta["preprocessing"].update(max_length=100_000))(folder, folder),
+        lambda folder: described(lambda meta: meta["preprocessing"].update(pad_id=1_000_000_000))(folder, folder),
+    ],
+)
+def test_tokens_that_the_base_does_not_have_are_an_error_or_change_nothing(
+    good: Path, folder: Path, change: Callable[[Path], None], fast: Any
+) -> None:
+    texts = ["the film was good", "a film " * 400]
+    change(folder)
+    expected = [said.label for said in predict.load(good).predict(texts)]
+    try:
+        found = predict.load(folder, runtime=RuntimeSettings(fast=fast)).predict(texts)
+    except ArtefactError as refused:
+        assert "no vectors for" in str(refused)  # noqa: PT017
+    else:
+        assert [said.label for said in found] == expected
+
+
 def test_a_pickle_beside_the_tensors_is_not_opened(folder: Path, tmp_path: Path) -> None:
     pickled("adapter_model.bin", alone=False)(folder, tmp_path / "mark")
     predict.load(folder)
@@ -199,6 +249,14 @@ def test_no_name_in_a_config_is_imported_or_fetched(
     edited("adapter_config.json", **{key: value})(folder, tmp_path)
     predict.load(folder)
     assert not (tmp_path / "mark").exists()
+
+
+def test_no_name_of_a_file_gets_into_a_command(folder: Path) -> None:
+    (folder / TENSORS).rename(folder / "$(touch mark).bin")
+    with pytest.raises(ArtefactError) as refused:
+        predict.load(folder)
+    assert "$(" not in refused.value.mend
+    assert "torch.load('FILE'" in refused.value.mend
 
 
 def test_the_conversion_that_is_named_brings_the_very_tensors(folder: Path) -> None:

@@ -181,6 +181,8 @@ def read(folder: Path) -> Adapter:
         preprocessing = meta["preprocessing"]
         if not 2 <= int(preprocessing["max_length"]) <= 1 << 20:
             raise ValueError(f"max_length {preprocessing['max_length']} cannot be")
+        if not 0 <= int(preprocessing["pad_id"]) < 1 << 31:
+            raise ValueError(f"pad_id {preprocessing['pad_id']} cannot be")
         adapter = Adapter(
             folder=folder,
             labels=Labels(values, names),
@@ -193,7 +195,8 @@ def read(folder: Path) -> Adapter:
             computed_in=str(meta.get("computed_in", "float32")),
             tensors_sha256=str(meta["tensors_sha256"]),
         )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        _check_descriptions(folder, meta)
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, ArtefactError):
             raise
         raise ArtefactError(
@@ -202,7 +205,6 @@ def read(folder: Path) -> Adapter:
             where=str(folder),
             mend="copy the whole adapter folder again",
         ) from None
-    _check_descriptions(folder, meta)
     return adapter
 
 
@@ -331,7 +333,7 @@ def load_model(adapter: Adapter, base: Base) -> Any:
     """
     import peft
 
-    from trimtab.model import empty_model, inject, load_base, load_config
+    from trimtab.model import empty_model, inject, load_base, load_config, longest_input
 
     config = load_config(base.folder, num_labels=len(adapter.labels), dropout="config", pad_id=adapter.tokenizer.pad_id)
     fit = (adapter.lora, adapter.lora.target_modules, adapter.head, base.recorded_as)
@@ -345,6 +347,13 @@ def load_model(adapter: Adapter, base: Base) -> Any:
             where=str(adapter.folder),
             mend="copy the whole adapter folder again",
         ) from None
+    if 0 < (longest := longest_input(skeleton)) < adapter.max_length:
+        raise ArtefactError(
+            "adapter.damaged",
+            f"Texts are cut at {adapter.max_length:,} tokens, and the base has no vectors for more than {longest:,}.",
+            where=str(adapter.folder),
+            mend="copy the whole adapter folder again",
+        )
     expected = peft.get_peft_model_state_dict(skeleton, save_embedding_layers=False)
     tensors = _read_tensors(adapter, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     model = inject(load_base(base.folder, config).model, *fit)
@@ -364,14 +373,13 @@ def _digest(meta: Mapping[str, Any]) -> str:
 
 
 def _check_descriptions(folder: Path, meta: Mapping[str, Any]) -> None:
-    """A label, a length or an alpha that was edited would change answers without a word.
-
-    The first adapters had no such sums; whoever takes one out could as well put it right.
-    """
+    """A label, a length or an alpha that was edited would change answers without a word."""
+    if "sha256" not in meta and "config_sha256" not in meta:  # the first adapters had neither
+        return
     config = hashlib.sha256((folder / "adapter_config.json").read_bytes()).hexdigest()
     found = {
-        "trimtab.json": _digest(meta) == meta.get("sha256", _digest(meta)),
-        "adapter_config.json": config == meta.get("config_sha256", config),
+        "trimtab.json": _digest(meta) == meta.get("sha256"),
+        "adapter_config.json": config == meta.get("config_sha256"),
     }
     if changed := [name for name, same in found.items() if not same]:
         raise ArtefactError(

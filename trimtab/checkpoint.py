@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from trimtab import durable
 from trimtab.errors import ArtefactError, ResourceError
 
+SCHEMA_VERSION = 2
 _KEPT = 2  # newest checkpoints that stay, beside the best one
 
 
@@ -55,7 +56,7 @@ def write(
     }
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     contents["manifest.json"] = (
-        json.dumps({"schema_version": 1, "step": step, "sha256": sums}, indent=1) + "\n"
+        json.dumps({"schema_version": SCHEMA_VERSION, "step": step, "sha256": sums}, indent=1) + "\n"
     ).encode()
     try:
         with durable.new_folder(final, draft):
@@ -80,13 +81,15 @@ def read(path: Path) -> Checkpoint:
     """Reads one checkpoint.
 
     Raises:
-        ArtefactError: a file is missing or is not what the manifest says.
+        ArtefactError: a file is missing or is not what the manifest says, or another version wrote it.
+        OSError: the disk does not give it; that says nothing of the checkpoint.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
+        version = manifest["schema_version"]
         contents = {name: (path / name).read_bytes() for name in ("tensors.safetensors", "state.json")}
         sums = {name: manifest["sha256"][name] for name in contents}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(
             "checkpoint.incomplete", f"This checkpoint is not whole: {error}", where=str(path), mend=_MEND
         ) from None
@@ -98,6 +101,13 @@ def read(path: Path) -> Checkpoint:
                 where=str(path),
                 mend=_MEND,
             )
+    if version != SCHEMA_VERSION:
+        raise ArtefactError(
+            "checkpoint.schema",
+            f"Another trimtab wrote this checkpoint: its schema version is {version}; this one reads {SCHEMA_VERSION}.",
+            where=str(path),
+            mend="go on with the version in the run's environment.json; or train anew with its recipe.toml",
+        )
     return Checkpoint(path, load(contents["tensors.safetensors"]), json.loads(contents["state.json"]))
 
 
@@ -108,6 +118,8 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             return read(path), skipped
         except ArtefactError as error:
+            if error.code == "checkpoint.schema":
+                raise
             skipped.append(f"{path.name}: {error.what}")
             aside = path.with_name(f".damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)

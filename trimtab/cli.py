@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -129,7 +129,7 @@ def train(
             for warning in job.warnings:
                 print(f"! {warning}", file=sys.stderr)
         return
-    with console.progress() as printed, _resume_hint() as noted:
+    with console.progress() as printed, _resume_hint(resume or "") as noted:
         observe = _both(noted, _json_event if as_json else printed)
         if resume:
             run = training.resume(resume, observe=observe)
@@ -401,19 +401,32 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except TrimtabError as error:
-        print(f"error [{error.code}]: {error}", file=sys.stderr)
-        if "--json" in sys.argv:
-            _json(
-                {
-                    "error": {
-                        "code": error.code,
-                        "message": error.what,
-                        "where": error.where,
-                        "mend": error.mend,
+        with suppress(OSError):
+            print(f"error [{error.code}]: {error}", file=sys.stderr)
+            if "--json" in sys.argv:
+                _json(
+                    {
+                        "error": {
+                            "code": error.code,
+                            "message": error.what,
+                            "where": error.where,
+                            "mend": error.mend,
+                        }
                     }
-                }
-            )
+                )
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        with suppress(OSError):
+            print(f"error [output]: The output cannot be written: {error.strerror or error}", file=sys.stderr)
+        sys.exit(5)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # or Python ends with 120 and its own words
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _json(value: object) -> None:
@@ -494,11 +507,9 @@ def _shown(path: Path) -> str:
 
 
 @contextmanager
-def _resume_hint() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Says how to go on when a signal stops a run that has begun."""
+def _resume_hint(run: str = "") -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Says how to go on when a signal stops a run that has begun, or `run`, which is resumed."""
     from trimtab.interrupts import Interrupted
-
-    run = ""
 
     def note(event: Mapping[str, Any]) -> None:
         nonlocal run
@@ -509,5 +520,6 @@ def _resume_hint() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     except KeyboardInterrupt as stop:
         hint = f"go on with:\n  trimtab train --resume {_shown(Path(run))}" if run else "nothing was written"
         by = f" by {stop.name}" if isinstance(stop, Interrupted) else ""
-        print(f"\nstopped{by}; {hint}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be what went away
+            print(f"\nstopped{by}; {hint}", file=sys.stderr)
         sys.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)

@@ -4,7 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from trimtab.report import data_lines, parameter_lines, score_line
@@ -38,8 +38,9 @@ def progress(stream: TextIO | None = None) -> Iterator[Callable[[Mapping[str, An
     try:
         yield observe
     finally:
-        if live:
-            live.clear()
+        with suppress(OSError):  # the terminal may be gone
+            if live:
+                live.clear()
 
 
 class _LiveLine:

@@ -12,11 +12,13 @@ import json
 import math
 import os
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,8 +251,8 @@ def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Exa
         texts = [int(row) for row in rng.permutation(texts_of[label])]
         rows = sum(len(repeats[row]) for row in texts)
         wanted, taken = max(1, round(rows * fraction)), 0
-        for row in texts[:-1]:
-            if taken < wanted:
+        for row in sorted(texts, key=lambda row: len(repeats[row]) > wanted)[:-1]:  # what is too large only if need be
+            if taken == 0 or taken + len(repeats[row]) <= wanted:
                 chosen.update(repeats[row])
                 taken += len(repeats[row])
     return (
@@ -259,15 +261,23 @@ def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Exa
     )
 
 
-_NOT_LETTERS_OR_DIGITS = re.compile(r"[\W_]+")
-
-
 def reduced(text: str) -> str:
     """A text as its casefolded letters and digits, with nothing between them: texts of one such form are the same.
 
-    Spaces, punctuation, markup and case make no second text. One without letters and digits stays as it is.
+    Spaces, punctuation and case make no second text. One without letters and digits stays as it is.
     """
-    return _NOT_LETTERS_OR_DIGITS.sub("", text.casefold()) or text.strip()
+    return _between_letters().sub("", text.casefold()) or text.strip()
+
+
+@lru_cache
+def _between_letters() -> re.Pattern[str]:
+    """What is neither letter nor digit; the vowel signs of Hindi, Thai and their kin are parts of letters.
+
+    Variation selectors (U+FE00 to U+FE0F) are marks too, and part of an emoji.
+    """
+    codes = (code for code in range(0x300, 0x20000) if not 0xFE00 <= code <= 0xFE0F)
+    marks = "".join(chr(code) for code in codes if unicodedata.category(chr(code)) in ("Mn", "Mc"))
+    return re.compile(rf"(?:[^\w{marks}]|_)+")
 
 
 def is_sorted_by_label(examples: Sequence[Example]) -> bool:
@@ -417,7 +427,7 @@ def _bad_rows(rejects: list[Reject], rows: int, known_labels: Sequence[str] | No
         "data.bad_rows",
         f"{len(rejects):,} of {rows:,} rows cannot be used. " + "; ".join(parts) + "." + expected,
         where=some(dict.fromkeys(reject.file for reject in rejects)),
-        mend=_MENDS[reasons[0]],
+        mend="\n         ".join(dict.fromkeys(_MENDS[reason] for reason in reasons)),
     )
 
 
@@ -459,6 +469,13 @@ def expand(paths: Sequence[str]) -> list[Path]:
                 where=str(file).encode("utf-8", "backslashreplace").decode(),
                 mend="rename it",
             )
+    if pipes := [file for file in files if file.is_fifo()]:
+        raise DataError(
+            "data.pipe",
+            "This is a pipe, which can be read only once; a run reads its files again to be sure of them.",
+            where=str(pipes[0]),
+            mend=f"save it first: cat {pipes[0]} > rows.csv",
+        )
     folders = [file for file in files if file.is_dir()]
     if folders:
         raise DataError(
@@ -508,6 +525,16 @@ def _read_parquet(path: Path) -> Table:
         table = pq.read_table(path)
         columns = {name: _values(table.column(name)) for name in table.column_names}
     return Table(path, columns, list(range(1, table.num_rows + 1)), encoding="parquet")
+
+
+def refuse_torn(table: Table) -> None:
+    """For whom no row may be set aside.
+
+    Raises:
+        DataError: some bytes of the file belong to no encoding; the first is named.
+    """
+    if table.is_torn:
+        decode(table.path, _bytes(table.path))
 
 
 def read_parquet_in_parts(path: Path, rows: int) -> Iterator[tuple[Table, Any]]:
@@ -560,7 +587,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 
 
 def _read_text(path: Path, kind: str) -> Table:
-    text, encoding = _decode_rows(path, _bytes(path))
+    text, encoding = _decode_rows(path, _bytes(path), has_header=kind != "json")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(
@@ -617,10 +644,11 @@ def decode(path: Path, raw: bytes) -> tuple[str, str]:
     return text, "GB18030"
 
 
-def _decode_rows(path: Path, raw: bytes) -> tuple[str, str]:
+def _decode_rows(path: Path, raw: bytes, *, has_header: bool) -> tuple[str, str]:
     """As `decode`; where only some lines are at fault, their bytes become lone surrogates.
 
-    A file with more bad lines than good ones has another encoding, and is refused as a whole.
+    A file with more bad lines than good ones has another encoding, and is refused as a whole, and so is one whose
+    header is at fault.
     """
     try:
         return decode(path, raw)
@@ -637,7 +665,8 @@ def _decode_rows(path: Path, raw: bytes) -> tuple[str, str]:
         bad = sum(bool(_BYTE.search(line)) for line in lines)
         shares[name] = bad / max(1, len(lines) - 1)  # the first is the header
     name = min(shares, key=lambda name: shares[name])
-    if shares[name] > 0.5:
+    header = next((line for line in readings[name].splitlines() if line.strip()), "")
+    if shares[name] > 0.5 or (has_header and _BYTE.search(header)):
         raise refused
     return readings[name], name + _TORN
 
@@ -657,11 +686,12 @@ def _undecodable(
     path: Path, raw: bytes, error: UnicodeDecodeError, what: str = "no UTF-8, and no GB18030 that reads as Chinese"
 ) -> DataError:
     line = raw.count(b"\n", 0, error.start) + 1
+    was = "UTF-16 -c" if what == "not UTF-16" else "LATIN1"
     return DataError(
         "data.encoding",
         f"Line {line:,} is {what}: byte 0x{raw[error.start]:02x} at {error.start:,}.",
         where=f"{path}, line {line}",
-        mend=f"save the file as UTF-8, e.g.: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}",
+        mend=f"save the file as UTF-8, e.g.: iconv -f {was} -t UTF-8 {path.name} > utf8-{path.name}",
     )
 
 
@@ -771,8 +801,9 @@ def _read_json(path: Path, text: str, encoding: str) -> Table:
                 except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
                     ragged.append(Reject(str(path), line, "not JSON", str(error)[:80]))
                     continue
-                if encoding.endswith(_TORN) and isinstance(item, dict) and (byte := _foreign_byte("".join(item))):
-                    ragged.append(Reject(str(path), line, "undecodable", byte))
+                if isinstance(item, dict) and _HALF.search(keys := "".join(item)):
+                    byte = _foreign_byte(keys) if encoding.endswith(_TORN) else ""
+                    ragged.append(Reject(str(path), line, "undecodable" if byte else "half a character", byte))
                 else:
                     objects.append((line, item))
     if not objects and not ragged:

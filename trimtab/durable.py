@@ -35,7 +35,8 @@ def new_folder(folder: Path, draft: Path) -> Iterator[Path]:
         OSError: the disk is full, `folder` is there already, and the like.
     """
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was stopped here, with the same number
-    draft.mkdir(parents=True)
+    make_folder(draft.parent)
+    draft.mkdir()
     try:
         yield draft
         sync_folder(draft)
@@ -44,6 +45,14 @@ def new_folder(folder: Path, draft: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, and flushes the name of each that is new."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    for place in reversed(new):
+        place.mkdir(exist_ok=True)
+        sync_folder(place.parent)
 
 
 def sync_folder(folder: Path) -> None:

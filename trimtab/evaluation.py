@@ -13,15 +13,16 @@ import numpy.typing as npt
 from trimtab import data, durable
 from trimtab.classification import Labels, metrics, softmax
 from trimtab.config import RuntimeSettings, load_recipe
-from trimtab.data import Example
+from trimtab.data import Example, text_problem
 from trimtab.errors import ArtefactError
 from trimtab.machine import peak_rss_bytes
 from trimtab.predict import load
 from trimtab.rundir import RunDir, locate
 
 _CHECKED_ROWS = 64
-_EXACT = 1e-4  # between logits that float32 computed, in practice 1e-6
-_ROUNDED = 2e-2  # with bfloat16 on either side, as a share of the largest logit above 1; seen on MiniLM: 0.014
+# Differences of logits that are rounding; where the largest logit is above 1, as a share of it.
+_EXACT = 1e-4  # where float32 computed both, in practice 1e-6
+_ROUNDED = 2e-2  # with bfloat16 on either side; seen on MiniLM: 0.014
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,12 @@ def verify(path: str | Path, *, base: str | None = None) -> Verification:
     stored = np.array([logits for _, logits in classifier.adapter.probes], np.float32)
     again = [classifier.logits(classifier.encode(texts))]
     if run.predictions.is_file():
-        said, logits = _predictions(run.predictions)
+        said, logits = _predictions(run.predictions, classifier.labels)
         stored = np.concatenate([stored, logits])
         again.append(classifier.logits(classifier.encode(said)))
     computed = np.concatenate(again)
     exact = classifier.adapter.computed_in == classifier.engine.dtype == "float32"
-    tolerance = _EXACT if exact else _ROUNDED * max(1.0, float(np.abs(stored).max()))
+    tolerance = (_EXACT if exact else _ROUNDED) * max(1.0, float(np.abs(stored).max()))
     best = np.sort(stored, axis=1)
     clear = best[:, -1] - best[:, -2] > 2 * tolerance
     return Verification(
@@ -129,15 +130,21 @@ def verify(path: str | Path, *, base: str | None = None) -> Verification:
     )
 
 
-def _predictions(file: Path) -> tuple[list[str], npt.NDArray[np.float32]]:
-    """The first texts of predictions.parquet and their logits, float32[n, C]."""
+def _predictions(file: Path, labels: Labels) -> tuple[list[str], npt.NDArray[np.float32]]:
+    """The first texts of predictions.parquet and their logits, float32[n, C], which stand for the labels there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(file, columns=["text", "logits"]).slice(0, _CHECKED_ROWS)
-        return table.column("text").to_pylist(), np.array(table.column("logits").to_pylist(), np.float32)
-    except (OSError, pa.ArrowException, ValueError) as error:
+        table = pq.read_table(file, columns=["text", "predicted_label", "logits"]).slice(0, _CHECKED_ROWS)
+        texts = table.column("text").to_pylist()
+        logits = np.array(table.column("logits").to_pylist(), np.float32)
+        if logits.shape != (len(texts), len(labels)) or not texts or any(text_problem(text) for text in texts):
+            raise ValueError(f"they are not texts with {len(labels)} logits each")
+        if table.column("predicted_label").to_pylist() != [labels.values[i] for i in logits.argmax(axis=1)]:
+            raise ValueError("their labels are not the adapter's, or stand in another order")
+        return texts, logits
+    except (OSError, pa.ArrowException, ValueError, TypeError) as error:
         raise ArtefactError(
             "run.predictions",
             f"The stored answers cannot be read: {error}",

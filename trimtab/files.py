@@ -84,6 +84,7 @@ def _check(tables: Iterable[data.Table], text: str) -> None:
     places: dict[str, None] = {}
     for table in tables:
         first = first or table
+        data.refuse_torn(table)
         if list(first.columns) != list(table.columns):
             raise DataError(
                 "data.columns",
@@ -128,7 +129,7 @@ def check_writable(out: str) -> None:
 
     Raises:
         RecipeError: an ending that is not written.
-        ResourceError: the folder does not exist.
+        ResourceError: the folder does not exist, or nothing can be written there.
     """
     if Path(out).suffix.lower() not in _SUFFIXES:
         raise RecipeError(
@@ -139,6 +140,13 @@ def check_writable(out: str) -> None:
     if not os.path.isdir(Path(os.path.expanduser(out)).parent):
         raise ResourceError(
             "out.folder", f"There is no folder {Path(out).parent}.", mend=f"mkdir -p {Path(out).parent}"
+        )
+    if not os.access(Path(os.path.expanduser(out)).parent, os.W_OK):  # a read-only volume too
+        raise ResourceError(
+            "out.folder",
+            "Nothing can be written to this folder.",
+            where=str(Path(out).parent),
+            mend="--out FILE in a folder that you may write to",
         )
 
 

@@ -1,20 +1,21 @@
-"""Signals that ask a run to stop: noted at once, obeyed at the next safe point.
+"""Signals that ask a run to stop: obeyed at once while nothing is written, later at the next safe point.
 
-A handler that worked could meet a half-done update, so it only takes a note; the loop, the evaluation and the
-tokenizing look at it between two pieces of work with `check`.
+While a run is under way a handler that worked could meet a half-done update, so it only takes a note; the loop, the
+evaluation and the tokenizing look at it between two pieces of work with `check`.
 """
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SIGUSR1: SLURM's and LSF's early warning
 _SECOND_CTRL_C = 130
 
 _asked: signal.Signals | None = None
+_is_postponed = False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,8 +29,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def postponed() -> Iterator[None]:
-    """Within it, the signals that ask to stop raise nothing until `check`; a second Ctrl-C ends the process at once.
+def heard() -> Iterator[None]:
+    """Within it, the signals that ask to stop raise `Interrupted`; within `postponed`, not before `check`.
 
     A signal that is ignored stays so: nohup ignores SIGHUP, and a shell SIGINT for what it runs in the background.
     Only the main thread may set handlers; in any other this does nothing.
@@ -52,6 +53,17 @@ def postponed() -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Within it, a signal is only noted, and raised by `check`; a second Ctrl-C ends the process at once."""
+    global _is_postponed
+    _is_postponed = True
+    try:
+        yield
+    finally:
+        _is_postponed = False
+
+
 def check() -> None:
     """A safe point.
 
@@ -67,5 +79,8 @@ def _note(number: int, frame: FrameType | None) -> None:
     if _asked == signal.SIGINT == number:
         os._exit(_SECOND_CTRL_C)
     _asked = signal.Signals(number)
-    if number == signal.SIGINT:  # os.write: print may be at work in what was interrupted
-        os.write(2, b"\nstopping at the next safe point; Ctrl-C again stops at once\n")
+    if not _is_postponed:
+        raise Interrupted(_asked.name)
+    if number == signal.SIGINT:
+        with suppress(OSError):  # os.write: print may be at work in what was interrupted
+            os.write(2, b"\nstopping at the next safe point; Ctrl-C again stops at once, and loses what is not saved\n")

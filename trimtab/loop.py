@@ -103,26 +103,30 @@ class _Saver:
         return time.monotonic() - self.last > self.loop.settings.save_every_s
 
     def save(self, progress: Progress, best: Mapping[str, torch.Tensor], *, evaluated: bool) -> Progress:
-        """Writes a checkpoint; returns the progress with the time that has gone by."""
+        """Writes a checkpoint, or warns; returns the progress with the time that has gone by."""
+        try:
+            return self._write(progress, best, evaluated=evaluated)
+        except OSError as error:  # a ResourceError, or what the pruning met
+            what = error.what if isinstance(error, TrimtabError) else str(error)
+            self.loop.tell("warning", text=f"{what} Training goes on")
+            return progress
+
+    def save_what_is_new(self, progress: Progress, best: Mapping[str, torch.Tensor]) -> None:
+        """Before a stop: what cannot be saved is an error then."""
+        if progress.step > self.saved_step:
+            self._write(progress, best, evaluated=False)
+
+    def _write(self, progress: Progress, best: Mapping[str, torch.Tensor], *, evaluated: bool) -> Progress:
         loop, self.last = self.loop, time.monotonic()
         progress = replace(progress, train_seconds=self.earlier + self.last - self.began)
         tensors = _state_tensors(loop.parameters, loop.optimizer)
         tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
         folder = loop.run.checkpoints
-        try:
-            path = checkpoint.write(folder, progress.step, tensors, asdict(progress), evaluated=evaluated)
-            checkpoint.prune(folder, progress.best_step)
-        except OSError as error:  # a ResourceError, or what the pruning met
-            what = error.what if isinstance(error, TrimtabError) else str(error)
-            loop.tell("warning", text=f"{what} Training goes on")
-        else:
-            self.saved_step = progress.step
-            loop.tell("checkpoint", step=progress.step, path=path.name)
+        path = checkpoint.write(folder, progress.step, tensors, asdict(progress), evaluated=evaluated)
+        checkpoint.prune(folder, progress.best_step)
+        self.saved_step = progress.step
+        loop.tell("checkpoint", step=progress.step, path=path.name)
         return progress
-
-    def save_what_is_new(self, progress: Progress, best: Mapping[str, torch.Tensor]) -> None:
-        if progress.step > self.saved_step:
-            self.save(progress, best, evaluated=False)
 
 
 def run_loop(
@@ -379,11 +383,15 @@ def dropout_seed(seed: int, batch: int) -> int:
 def _state_tensors(
     parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.AdamW
 ) -> dict[str, torch.Tensor]:
-    """Trained parameters and AdamW's two moments, by name; the moments' step is the run's."""
+    """Trained parameters and AdamW's two moments, by name; the moments' step is the run's.
+
+    Before the first update AdamW has no moments, which is the same as zeros.
+    """
     tensors = {f"parameter/{name}": parameter.data.cpu() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].cpu()
+            found = optimizer.state[parameter].get(moment)
+            tensors[f"{moment}/{name}"] = torch.zeros_like(parameter.data).cpu() if found is None else found.cpu()
     return tensors
 
 

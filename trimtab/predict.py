@@ -14,7 +14,7 @@ from trimtab.classification import Labels, compute_logits, softmax
 from trimtab.config import RuntimeSettings
 from trimtab.data import text_problem
 from trimtab.device import place
-from trimtab.errors import DataError, some
+from trimtab.errors import ArtefactError, DataError, some
 from trimtab.forward import Engine
 from trimtab.hub import Base
 from trimtab.rundir import adapter_in
@@ -55,8 +55,20 @@ class Classifier:
     def logits(
         self, encoded: tokens.Encoded, after_batch: Callable[[int], None] = lambda rows: None
     ) -> npt.NDArray[np.float32]:
-        """Logits float32[n, C]."""
-        return compute_logits(self.engine.forward, encoded, after_batch=after_batch)
+        """Logits float32[n, C].
+
+        Raises:
+            ArtefactError: the adapter's tokenizer or length asks for what its base does not have.
+        """
+        try:
+            return compute_logits(self.engine.forward, encoded, after_batch=after_batch)
+        except IndexError as error:
+            raise ArtefactError(
+                "adapter.tokens",
+                f"This adapter makes tokens or positions that its base has no vectors for: {error}",
+                where=f"{self.adapter.folder}; lengths up to {int(encoded.lengths.max())}",
+                mend="copy the whole adapter folder again; if training wrote it so, please report it",
+            ) from None
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """Answers texts, one prediction each, in their order.

@@ -1,7 +1,7 @@
 """What a person should know of the rows before a model sees them: duplicates, contradictions, overlap, small classes.
 
 Texts count as the same when their casefolded letters and digits are the same, with nothing between them: spaces,
-punctuation, markup and case do not make a second text. Every finding here is a warning; rows that cannot be used are
+punctuation and case do not make a second text. Every finding here is a warning; rows that cannot be used are
 an error of `data`.
 """
 
@@ -23,7 +23,7 @@ class Repeats:
     """Texts that stand in a part more than once."""
 
     duplicate_rows: int
-    """Rows whose text stood there before, with the same label."""
+    """Rows whose text stood there before with the same label."""
     conflicting_texts: int
     """Texts that stand there with different labels."""
     conflict: tuple[Example, Example] | None
@@ -34,17 +34,14 @@ def repeats(examples: Sequence[Example]) -> Repeats:
     """Duplicates and contradictions among labelled rows."""
     first: dict[str, Example] = {}
     conflicting: dict[str, tuple[Example, Example]] = {}
-    duplicates = 0
+    pairs: set[tuple[str, str]] = set()
     for example in examples:
         key = reduced(example.text)
+        pairs.add((key, example.label))
         before = first.setdefault(key, example)
-        if before is example:
-            continue
-        if before.label == example.label:
-            duplicates += 1
-        else:
+        if before.label != example.label:
             conflicting.setdefault(key, (before, example))
-    return Repeats(duplicates, len(conflicting), next(iter(conflicting.values()), None))
+    return Repeats(len(examples) - len(pairs), len(conflicting), next(iter(conflicting.values()), None))
 
 
 def overlap(known: Sequence[Example], judged: Sequence[Example]) -> list[bool]:
@@ -95,13 +92,14 @@ def report(
             "majority_share": max(counts.values()) / len(examples),
             "duplicate_rows": again.duplicate_rows,
             "conflicting_texts": again.conflicting_texts,
+            "first_conflict": [{"line": example.line, "label": example.label} for example in again.conflict or ()],
         }
         if role != "train":
             found[role]["overlap_rows"] = int(known[role].sum())
     return found
 
 
-def warnings(parts: Mapping[str, Sequence[Example]], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def warnings(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The findings that a user should read, in words."""
     lines = []
     counts: dict[str, int] = dict(found["train"]["rows_per_label"])
@@ -110,13 +108,14 @@ def warnings(parts: Mapping[str, Sequence[Example]], found: Mapping[str, Mapping
         if one["duplicate_rows"]:
             lines.append(f"{one['duplicate_rows']:,} {where} repeat an earlier one (letters and digits are the same)")
         if one["conflicting_texts"]:
-            pair = repeats(parts[role]).conflict or ()
-            places = " and ".join(f'line {example.line} ("{example.label}")' for example in pair)
+            places = " and ".join(f'line {at["line"]} ("{at["label"]}")' for at in one["first_conflict"])
             lines.append(f"{one['conflicting_texts']:,} texts {where} have several labels, the first at {places}")
         if one.get("overlap_rows"):
+            rest = "and none is left for a fair score"
+            if one["overlap_rows"] < one["rows_used"]:
+                rest = "and the score without them is given beside"
             lines.append(
-                f"{one['overlap_rows']:,} {where} stand in the training file too: scores on them are too good, and the "
-                "report gives the score without them"
+                f"{one['overlap_rows']:,} {where} stand in the training file too: scores on them are too good, {rest}"
             )
     largest, smallest = max(counts.values()), max(1, min(counts.values()))
     if largest > 3 * smallest:

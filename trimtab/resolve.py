@@ -136,10 +136,8 @@ def resolve(layered: Layered) -> Job:
     found_rows = preflight.report(rows, parts, known, labels.values)
     _with_tokens(found_rows, rows, encoded)
     warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, parts)
-    warnings += preflight.warnings(parts, found_rows)
+    warnings += preflight.warnings(found_rows)
     placement = place(recipe.runtime)
-    if placement.throttled:
-        warnings.append(placement.throttled)
     return Job(
         layered=settled,
         base=base,
@@ -151,7 +149,7 @@ def resolve(layered: Layered) -> Job:
         test=encoded.get("test"),
         rejects=[reject for part in rows.values() for reject in part.rejects],
         data_report={"labels": list(labels.values), "warnings": warnings, **found_rows},
-        warnings=warnings,
+        warnings=[*warnings, *filter(None, [placement.throttled])],
         placement=placement,
     )
 
@@ -186,7 +184,7 @@ def _draw(recipe: Recipe, rows: dict[str, Rows]) -> dict[str, list[Example]]:
         if not parts["eval"]:
             raise DataError(
                 "data.too_few",
-                f"No class has two rows, so none can be kept for evaluation ({len(parts['train'])} rows).",
+                f"No class has two different texts, so none can be kept for evaluation ({len(parts['train'])} rows).",
                 where=str(settings.train[0]),
                 mend="add rows, or give evaluation rows: --eval FILE",
             )
@@ -274,10 +272,11 @@ def _warnings(
 ) -> list[str]:
     """What a user should know before training, and what may stop nobody."""
     found = []
-    if rejects := sum(len(part.rejects) for part in rows.values()):
-        found.append(f"{rejects:,} rows were set aside (rejects.csv says which and why)")
+    if reasons := Counter(reject.reason for part in rows.values() for reject in part.rejects):
+        counted = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+        found.append(f"{sum(reasons.values()):,} rows are set aside ({counted}); a run lists them in its rejects.csv")
     for file in (file for part in rows.values() for file in part.files):
-        if file["encoding"] == "GB18030":
+        if file["encoding"].startswith("GB18030"):
             found.append(f"{file['path']} is no UTF-8 and was read as GB18030")
     if data.is_sorted_by_label(rows["train"].examples):
         found.append("the rows are sorted by label: they are shuffled, and rows are drawn from every class")

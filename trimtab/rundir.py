@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from trimtab import durable
-from trimtab.errors import ArtefactError, RecipeError, ResourceError, did_you_mean
+from trimtab.errors import ArtefactError, RecipeError, ResourceError, TrimtabError, did_you_mean
 from trimtab.machine import processor, usable_cores
 
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pyarrow")
@@ -94,14 +94,19 @@ def only_writer(run: RunDir) -> Iterator[None]:
     Raises:
         ResourceError: another process is writing it.
     """
-    lock, writer = FileLock(run.path / ".lock"), run.path / ".writer.json"
+    # A soft lock, a file that is there or not, would outlive a process that is killed.
+    lock, writer = FileLock(run.path / ".lock", fallback_to_soft=False), run.path / ".writer.json"
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = json.loads(writer.read_text("utf-8")) if writer.is_file() else {"pid": "?", "host": "?"}
+        try:
+            holder = json.loads(writer.read_text("utf-8"))
+            who = f"Process {holder['pid']} on {holder['host']}"
+        except (OSError, ValueError, TypeError, KeyError):  # it has the lock, and has not said so yet
+            who = "Another process"
         raise ResourceError(
             "run.locked",
-            f"Process {holder['pid']} on {holder['host']} is writing this run.",
+            f"{who} is writing this run.",
             where=str(run.path),
             mend="wait until it is done, or stop it; the lock ends with it",
         ) from None
@@ -127,32 +132,40 @@ def create(out: str | None, stem: str, *, needs: int = 0) -> RunDir:
         _check_room(Path(os.path.expanduser(out or "runs")).resolve(), needs)
         if out is not None:
             path = Path(os.path.expanduser(out)).resolve()
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if path.exists() and (not path.is_dir() or any(not _is_draft(file) for file in path.iterdir())):
                 raise RecipeError(
                     "run.exists",
                     f"{out} exists and is not empty; nothing in it was touched.",
                     mend=f"another --out, or go on with that run: trimtab train --resume {out}",
                 )
-            path.mkdir(parents=True, exist_ok=True)
+            durable.make_folder(path)
             return RunDir(path)
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}"
         for number in range(1, 1_000):
             path = Path("runs").resolve() / (name if number == 1 else f"{name}-{number}")
-            path.parent.mkdir(exist_ok=True)
+            durable.make_folder(path.parent)
             try:
                 path.mkdir()
             except FileExistsError:
                 continue
+            durable.sync_folder(path.parent)
             _point_latest_to(path)
             return RunDir(path)
         raise AssertionError("a thousand runs of one name in one second")
     except OSError as error:
+        if isinstance(error, TrimtabError):
+            raise
         raise ResourceError(
             "run.create",
             f"The run directory cannot be made: {error.strerror}.",
             where=str(error.filename),
             mend="--out DIR in a folder that you may write to",
         ) from None
+
+
+def _is_draft(file: Path) -> bool:
+    """Whether a process that was killed before it wrote the recipe left this behind: a lock, half a file."""
+    return file.name in (".lock", ".writer.json") or file.suffix == ".tmp"
 
 
 def _check_room(path: Path, needs: int) -> None:

@@ -4,6 +4,8 @@ What is written, and when, is decided here; the steps themselves are in `loop`.
 """
 
 import csv
+import errno
+import io
 import json
 import math
 import shutil
@@ -36,7 +38,7 @@ from trimtab.resolve import Job, Part, resolve
 from trimtab.rundir import RunDir
 
 _DECIDE_BYTES = {
-    *("torch", "transformers", "peft", "tokenizers", "numpy"),
+    *("trimtab", "torch", "transformers", "peft", "tokenizers", "numpy", "pyarrow", "safetensors"),
     *("processor", "device", "threads", "dtype", "forward"),
 }
 _DISK_RESERVE = 16 << 20  # bytes, for events, reports and what else is small
@@ -103,8 +105,23 @@ def train(layered: Layered, *, out: str | None = None, budget: str = "", observe
         TrimtabError: whatever cannot be, before anything is written; DivergedError while training.
         Interrupted: a signal asked to stop; what had been done is saved. A KeyboardInterrupt, in the main thread only.
     """
-    with interrupts.postponed():
-        return _train(layered, out, budget, observe)
+    with interrupts.heard():
+        return _train(layered, out, budget, _heard(observe))
+
+
+def _heard(observe: Observer) -> Observer:
+    """An observer whose stream fails (a closed terminal, a full disk behind stderr) costs its words and not the run."""
+    deaf = False
+
+    def tell(event: Mapping[str, Any]) -> None:
+        nonlocal deaf
+        if not deaf:
+            try:
+                observe(event)
+            except OSError:
+                deaf = True
+
+    return tell
 
 
 def _train(layered: Layered, out: str | None, budget: str, observe: Observer) -> Run:
@@ -112,11 +129,13 @@ def _train(layered: Layered, out: str | None, budget: str, observe: Observer) ->
     planned = plan(layered, budget)
     job = planned.ready.job
     estimate.check_memory(job, planned.speed, planned.estimate)
-    run = rundir.create(out, Path(job.recipe.data.train[0]).name.partition(".")[0], needs=_disk_bytes(planned.ready))
-    with _disk_errors(run), rundir.only_writer(run):
-        durable.replace(run.recipe, config.dump(job.layered).encode())
-        _describe(run, job, planned.ready.engine)
-        return _run(run, planned.ready, planned.estimate, job.warnings, started, observe)
+    stem, needs = Path(job.recipe.data.train[0]).name.partition(".")[0], _disk_bytes(planned.ready)
+    with interrupts.postponed():
+        run = rundir.create(out, stem, needs=needs)
+        with _disk_errors(run), rundir.only_writer(run):
+            durable.replace(run.recipe, config.dump(job.layered).encode())
+            _describe(run, job, planned.ready.engine)
+            return _run(run, planned.ready, planned.estimate, job.warnings, started, observe)
 
 
 def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
@@ -128,8 +147,8 @@ def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
         ResourceError: another process is writing this run.
         Interrupted: as `train`.
     """
-    with interrupts.postponed():
-        return _resume(path, observe)
+    with interrupts.heard():
+        return _resume(path, _heard(observe))
 
 
 def _resume(path: str | Path, observe: Observer) -> Run:
@@ -142,30 +161,50 @@ def _resume(path: str | Path, observe: Observer) -> Run:
             where=str(run.path),
             mend="trimtab train FILE",
         )
-    if run.adapter.is_dir() and _is_whole(run.metrics):
-        metrics = json.loads(run.metrics.read_text("utf-8"))
-        _check_finished(run)
-        observe({"event": "warning", "text": "this run was finished already: it verifies, and nothing was changed"})
-        observe({"event": "end", "run": str(run.path), "metrics": metrics})
-        return Run(run.path, metrics)
+    if finished := _finished(run, observe):  # also where nothing can be written, and so no lock be had
+        return finished
     with _disk_errors(run), rundir.only_writer(run):
-        checkpoint.sweep(run.checkpoints)
-        for draft in run.path.glob(".adapter-*"):  # of a process that was killed
-            shutil.rmtree(draft, ignore_errors=True)
-        try:
-            ready = make_ready(resolve(config.load_recipe(str(run.recipe))))
-        except DataError as error:
-            if error.code != "data.changed":
-                raise
-            raise DataError(
-                error.code,
-                f"{error.what} A run goes on with the very rows that it began with.",
-                where=error.where,
-                mend="bring the old file back; or train anew: delete the line of that file under [sha256] in a copy "
-                f"of {run.recipe}, then: trimtab train --recipe COPY",
-            ) from None
-        warnings = [*ready.job.warnings, *_changes_of_environment(run, ready)]
-        return _run(run, ready, None, warnings, started, observe)
+        if finished := _finished(run, observe):  # by the process that had the lock
+            return finished
+        ready = _ready_again(run)
+        with interrupts.postponed():
+            checkpoint.sweep(run.checkpoints)
+            for draft in run.path.glob(".adapter-*"):  # of a process that was killed
+                shutil.rmtree(draft, ignore_errors=True)
+            warnings = [*ready.job.warnings, *_changes_of_environment(run, ready)]
+            _describe(run, ready.job, ready.engine)
+            return _run(run, ready, None, warnings, started, observe)
+
+
+def _finished(run: RunDir, observe: Observer) -> Run | None:
+    """A run that came to its end, verified and left alone; None: it did not.
+
+    Raises:
+        ArtefactError: it does not verify.
+    """
+    if not (run.adapter.is_dir() and run.predictions.is_file() and _is_whole(run.metrics)):
+        return None
+    metrics = json.loads(run.metrics.read_text("utf-8"))
+    _check_finished(run)
+    observe({"event": "warning", "text": "this run was finished already: it verifies, and nothing was changed"})
+    observe({"event": "end", "run": str(run.path), "metrics": metrics})
+    return Run(run.path, metrics)
+
+
+def _ready_again(run: RunDir) -> Ready:
+    """The job and the model that a run began with."""
+    try:
+        return make_ready(resolve(config.load_recipe(str(run.recipe))))
+    except DataError as error:
+        if error.code != "data.changed":
+            raise
+        raise DataError(
+            error.code,
+            f"{error.what} A run goes on with the very rows that it began with.",
+            where=error.where,
+            mend="bring the old file back; or train anew: delete the line of that file under [sha256] in a copy "
+            f"of {run.recipe}, then: trimtab train --recipe COPY",
+        ) from None
 
 
 def _check_finished(run: RunDir) -> None:
@@ -184,7 +223,7 @@ def _changes_of_environment(run: RunDir, ready: Ready) -> list[str]:
     """A warning where libraries, processor, threads or dtype are not those that the run began with."""
     try:
         then = _flat(json.loads(run.environment.read_text("utf-8")))
-    except (OSError, ValueError):  # killed before it was written
+    except (OSError, ValueError, TypeError, AttributeError):  # killed before it was written, or damaged
         return []
     now = _flat(_environment(ready.job, ready.engine))
     changed = [
@@ -255,8 +294,9 @@ def count_parameters(layered: Layered, num_labels: int) -> dict[str, Any]:
 
 def _is_whole(metrics: Path) -> bool:
     try:
-        return isinstance(json.loads(metrics.read_text("utf-8")), dict)
-    except (OSError, ValueError):
+        found = json.loads(metrics.read_text("utf-8"))
+        return isinstance(found, dict) and found["scored_on"] in ("eval", "test") and found["accuracy_ci95"][1] >= 0
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
         return False
 
 
@@ -266,16 +306,17 @@ def _disk_errors(run: RunDir) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, TrimtabError | BrokenPipeError):  # a closed pipe is the reader's, not the disk's
+        elsewhere = error.filename is not None and not Path(str(error.filename)).is_relative_to(run.path)
+        if isinstance(error, TrimtabError) or elsewhere:
             raise
         there = [file.name for file in (run.recipe, run.metrics, run.predictions, run.adapter) if file.exists()]
         there += sorted(f"checkpoints/{path.name}" for path in run.checkpoints.glob("step-*"))
         raise ResourceError(
             "run.write",
-            f"The run cannot be written: {error.strerror or error}. "
-            f"What it has is whole: {', '.join(there) or 'nothing'}.",
+            f"The run cannot be written: {error.strerror or error}. What it has: {', '.join(there) or 'nothing'}.",
             where=str(error.filename or run.path),
-            mend=f"make room, then: trimtab train --resume {run.path}",
+            mend=("make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to it that it can be written")
+            + (f", then: trimtab train --resume {run.path}" if run.recipe.is_file() else ", then start it again"),
         ) from error
 
 
@@ -447,14 +488,17 @@ def _verify_in_fresh_process(run: RunDir) -> dict[str, Any]:
 
 
 def _describe(run: RunDir, job: Job, engine: Engine) -> None:
-    """What is known before the first step: environment, data report, rows set aside."""
-    rundir.write_json(run.environment, _environment(job, engine))
-    rundir.write_json(run.data_report, job.data_report)
-    if job.rejects:
-        with run.rejects.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(Reject._fields)
-            writer.writerows(job.rejects)
+    """What is known before the first step: environment, data report, rows set aside; what is there already stays."""
+    if not run.environment.exists():
+        rundir.write_json(run.environment, _environment(job, engine))
+    if not run.data_report.exists():
+        rundir.write_json(run.data_report, job.data_report)
+    if job.rejects and not run.rejects.exists():
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(Reject._fields)
+        writer.writerows(job.rejects)
+        durable.replace(run.rejects, text.getvalue().encode())
 
 
 def _environment(job: Job, engine: Engine) -> dict[str, Any]:

@@ -5,6 +5,7 @@ one inside the folder. A folder that passes may still be wrong; it can neither r
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,11 +34,11 @@ def check_files(folder: Path) -> None:
         file = folder / name
         if not os.path.lexists(file):
             continue
-        if not file.resolve().is_relative_to(folder.resolve()):
+        if not _leads_inside(file, folder):
             raise ArtefactError(
                 "adapter.outside",
                 f"{name} is a link that leads out of the adapter's folder, so it is not followed.",
-                where=f"{file} -> {os.readlink(file) if file.is_symlink() else file.resolve()}",
+                where=f"{file} -> {os.readlink(file) if file.is_symlink() else '?'}",
                 mend=f"if you trust what it leads to: cp -rL {folder} COPY",
             )
         if not file.is_file():
@@ -52,14 +53,23 @@ def check_files(folder: Path) -> None:
     if (folder / TENSORS).exists():
         return
     if pickled := sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES):
+        # A stranger chose the name, and the command below is meant for a shell.
+        name = pickled[0] if re.fullmatch(r"[\w.-]+", pickled[0]) else "FILE"
         raise ArtefactError(
             "adapter.pickle",
-            f"The tensors are pickled ({pickled[0]}); reading a pickle can run whatever code it holds, so trimtab "
+            f"The tensors are pickled ({pickled[0]!r}); reading a pickle can run whatever code it holds, so trimtab "
             "reads safetensors only.",
             where=str(folder),
             mend=f'to convert tensors and nothing else, in that folder: python -c "import torch, safetensors.torch; '
-            f"safetensors.torch.save_file(torch.load('{pickled[0]}', weights_only=True), '{TENSORS}')\"",
+            f"safetensors.torch.save_file(torch.load('{name}', weights_only=True), '{TENSORS}')\"",
         )
+
+
+def _leads_inside(file: Path, folder: Path) -> bool:
+    try:
+        return file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return False
 
 
 def read_tensors(file: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
