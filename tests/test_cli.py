@@ -344,3 +344,20 @@ def test_texts_that_are_trained_on_and_judged_by_are_told(call, bert: Path) -> N
     assert "only 40 rows judge this run" in told.err
     assert "training file too" not in call("train", "a.csv", "--base", bert, "--dry-run").err
     assert call("predict", "run", "a.csv").err.startswith("error [usage]: a.csv is a file")
+
+
+@pytest.mark.parametrize("words", [["--version"], ["doctor", "--json"]])
+def test_a_full_disk_behind_the_output_is_an_error(words: list[str]) -> None:
+    """Also where the words wait in a buffer until the end."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "trimtab", *words], stdout=full, stderr=subprocess.PIPE, env=environment
+        )
+    assert done.returncode == 5
+    assert b"The output cannot be written: No space left on device" in done.stderr
+
+
+def test_a_command_without_streams_works() -> None:
+    done = subprocess.run(["sh", "-c", f"{sys.executable} -m trimtab --version >&- 2>&-"])
+    assert done.returncode == 0

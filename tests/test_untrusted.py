@@ -198,10 +198,10 @@ def test_nothing_of_a_stranger_runs_is_followed_or_accepted(
     assert not mark.exists()
 
 
-def other_numbers(folder: Path) -> None:
+def other_numbers(folder: Path, number: int = 1_000_000) -> None:
     """A word whose number the base has no vector for."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    tokenizer["model"]["vocab"]["film"] = 1_000_000
+    tokenizer["model"]["vocab"]["film"] = number
     written = json.dumps(tokenizer).encode()
     (folder / "tokenizer.json").write_bytes(written)
     digest = hashlib.sha256(written).hexdigest()
@@ -213,6 +213,7 @@ def other_numbers(folder: Path) -> None:
     "change",
     [
         other_numbers,
+        lambda folder: other_numbers(folder, 3_000_000_000),
         lambda folder: described(lambda meta: meta["preprocessing"].update(max_length=100_000))(folder, folder),
         lambda folder: described(lambda meta: meta["preprocessing"].update(pad_id=1_000_000_000))(folder, folder),
     ],

@@ -339,7 +339,7 @@ def load_model(adapter: Adapter, base: Base) -> Any:
     fit = (adapter.lora, adapter.lora.target_modules, adapter.head, base.recorded_as)
     try:
         skeleton = inject(empty_model(config), *fit)  # without memory, whatever rank the adapter claims
-    except ValueError as error:  # peft's, and our RecipeError
+    except (ValueError, AssertionError) as error:  # peft's, our RecipeError, torch's of a pad id beyond the table
         raise ArtefactError(
             "adapter.damaged",
             f"The target modules {some(adapter.lora.target_modules)} or the head {some(adapter.head)} do not fit the "

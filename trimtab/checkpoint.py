@@ -4,6 +4,7 @@ A checkpoint is written beside its place, flushed to disk file by file with a ma
 renamed: it is whole or it is not there. Reading takes the newest one whose sums are right.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -47,18 +48,17 @@ def write(
         ResourceError: the disk is full, or the folder may not be written to.
     """
     final = folder / name_of(step, evaluated=evaluated)
-    if final.is_dir():
-        return final
     draft = folder / f".tmp-{final.name}-{os.getpid()}"
     contents = {
         "tensors.safetensors": save({name: tensor.detach().contiguous() for name, tensor in sorted(tensors.items())}),
-        "state.json": (json.dumps(state, indent=1) + "\n").encode(),
+        "state.json": (json.dumps({"schema_version": SCHEMA_VERSION, "state": state}, indent=1) + "\n").encode(),
     }
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    contents["manifest.json"] = (
-        json.dumps({"schema_version": SCHEMA_VERSION, "step": step, "sha256": sums}, indent=1) + "\n"
-    ).encode()
+    contents["manifest.json"] = (json.dumps({"step": step, "sha256": sums}, indent=1) + "\n").encode()
     try:
+        if final.is_dir():
+            durable.sync_folder(folder)
+            return final
         with durable.new_folder(final, draft):
             for name, data in contents.items():
                 durable.write_bytes(draft / name, data)
@@ -86,7 +86,6 @@ def read(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        version = manifest["schema_version"]
         contents = {name: (path / name).read_bytes() for name in ("tensors.safetensors", "state.json")}
         sums = {name: manifest["sha256"][name] for name in contents}
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -101,18 +100,24 @@ def read(path: Path) -> Checkpoint:
                 where=str(path),
                 mend=_MEND,
             )
-    if version != SCHEMA_VERSION:
+    said = json.loads(contents["state.json"])
+    if (version := said.get("schema_version", 1)) != SCHEMA_VERSION:
         raise ArtefactError(
             "checkpoint.schema",
             f"Another trimtab wrote this checkpoint: its schema version is {version}; this one reads {SCHEMA_VERSION}.",
             where=str(path),
             mend="go on with the version in the run's environment.json; or train anew with its recipe.toml",
         )
-    return Checkpoint(path, load(contents["tensors.safetensors"]), json.loads(contents["state.json"]))
+    return Checkpoint(path, load(contents["tensors.safetensors"]), said["state"])
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over; those are set aside."""
+    """The newest checkpoint that verifies, and why newer ones were passed over; damaged ones are set aside.
+
+    Raises:
+        ArtefactError: another version wrote it.
+        OSError: there are too many open files, or too little memory.
+    """
     skipped: list[str] = []
     for path in reversed(_by_step(folder)):
         try:
@@ -124,6 +129,10 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             aside = path.with_name(f".damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise
+            skipped.append(f"{path.name}: it cannot be read: {error.strerror}")
     return None, skipped
 
 

@@ -1,6 +1,7 @@
 """The command line: parse -> call one function -> print. No logic lives here, and nothing heavy is imported early."""
 
 import codecs
+import errno
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.errors import RecipeError, TrimtabError
+from trimtab.errors import RecipeError, ResourceError, TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.config import RuntimeSettings
@@ -137,7 +138,8 @@ def train(
             run = training.train(layered, out=out, budget=budget, observe=observe)
     if not as_json:
         shown = _shown(run.path)
-        print(f'all of it in {shown}; try it:\n  trimtab predict {shown} "a text of yours"')
+        with suppress(OSError):  # the run is done, whoever still listens
+            print(f'all of it in {shown}; try it:\n  trimtab predict {shown} "a text of yours"')
 
 
 @app.command()
@@ -398,35 +400,52 @@ def main() -> None:
         # A console that cannot show a character gets a question mark, never a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    code: int | str | None = 0
     try:
         app(standalone_mode=True)
     except TrimtabError as error:
-        with suppress(OSError):
-            print(f"error [{error.code}]: {error}", file=sys.stderr)
-            if "--json" in sys.argv:
-                _json(
-                    {
-                        "error": {
-                            "code": error.code,
-                            "message": error.what,
-                            "where": error.where,
-                            "mend": error.mend,
-                        }
-                    }
-                )
-        sys.exit(error.exit_code)
+        code = _failed(error)
+    except SystemExit as end:
+        code = end.code
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is None and error.errno not in _OF_A_STREAM:
             raise
-        with suppress(OSError):
-            print(f"error [output]: The output cannot be written: {error.strerror or error}", file=sys.stderr)
-        sys.exit(5)
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
+        code = _failed(_system_error(error))
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
                 stream.flush()
-            except OSError:  # or Python ends with 120 and its own words
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except OSError as error:  # what is left in the stream would make Python end with 120 and words of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if stream is sys.stdout and not code and error.errno != errno.EPIPE:
+                code = _failed(_system_error(error))
+    sys.exit(code)
+
+
+_OF_A_STREAM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def _system_error(error: OSError) -> TrimtabError:
+    """What the system refused, and nobody nearer has told."""
+    if error.filename is None:
+        return ResourceError(
+            "output",
+            f"The output cannot be written: {error.strerror or error}.",
+            mend="make room where it goes, or send it elsewhere",
+        )
+    return ResourceError(
+        "system", f"{error.strerror}.", where=str(error.filename), mend="see to it that this can be read and written"
+    )
+
+
+def _failed(error: TrimtabError) -> int:
+    """Tells an error on both streams, as far as they take it; returns the exit code."""
+    with suppress(OSError):
+        print(f"error [{error.code}]: {error}", file=sys.stderr, flush=True)
+    if "--json" in sys.argv:
+        with suppress(OSError):
+            _json({"error": {"code": error.code, "message": error.what, "where": error.where, "mend": error.mend}})
+    return error.exit_code
 
 
 def _json(value: object) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import unicodedata
 import zlib
 from collections import Counter
@@ -266,7 +267,8 @@ def reduced(text: str) -> str:
 
     Spaces, punctuation and case make no second text. One without letters and digits stays as it is.
     """
-    return _between_letters().sub("", text.casefold()) or text.strip()
+    folded = text.casefold().replace("i\u0307", "i")  # Turkish's dotted capital
+    return _between_letters().sub("", folded) or text.strip()
 
 
 @lru_cache
@@ -460,6 +462,13 @@ def expand(paths: Sequence[str]) -> list[Path]:
                 where=f"looked from {Path.cwd()}",
                 mend="check the path; trimtab demo needs no file of yours",
             )
+        if pipes := [match for match in matches if match.is_fifo()]:
+            raise DataError(
+                "data.pipe",
+                "This is a pipe, which can be read only once.",
+                where=str(pipes[0]),
+                mend=f"save it first: cat {shlex.quote(str(pipes[0]))} > rows.csv",
+            )
         files += [match.resolve() for match in matches]
     for file in files:
         if _HALF.search(str(file)):
@@ -469,13 +478,6 @@ def expand(paths: Sequence[str]) -> list[Path]:
                 where=str(file).encode("utf-8", "backslashreplace").decode(),
                 mend="rename it",
             )
-    if pipes := [file for file in files if file.is_fifo()]:
-        raise DataError(
-            "data.pipe",
-            "This is a pipe, which can be read only once; a run reads its files again to be sure of them.",
-            where=str(pipes[0]),
-            mend=f"save it first: cat {pipes[0]} > rows.csv",
-        )
     folders = [file for file in files if file.is_dir()]
     if folders:
         raise DataError(
@@ -774,7 +776,7 @@ def _is_array(text: str) -> bool:
     try:
         json.loads(first)
     except (ValueError, RecursionError):
-        return True
+        return not rest.lstrip().startswith('{"') or not text.rstrip().endswith("}")
     return not rest
 
 

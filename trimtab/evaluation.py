@@ -139,7 +139,12 @@ def _predictions(file: Path, labels: Labels) -> tuple[list[str], npt.NDArray[np.
         table = pq.read_table(file, columns=["text", "predicted_label", "logits"]).slice(0, _CHECKED_ROWS)
         texts = table.column("text").to_pylist()
         logits = np.array(table.column("logits").to_pylist(), np.float32)
-        if logits.shape != (len(texts), len(labels)) or not texts or any(text_problem(text) for text in texts):
+        if (
+            logits.shape != (len(texts), len(labels))
+            or not texts
+            or not np.isfinite(logits).all()
+            or any(text_problem(text) for text in texts)
+        ):
             raise ValueError(f"they are not texts with {len(labels)} logits each")
         if table.column("predicted_label").to_pylist() != [labels.values[i] for i in logits.argmax(axis=1)]:
             raise ValueError("their labels are not the adapter's, or stand in another order")

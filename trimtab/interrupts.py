@@ -57,11 +57,14 @@ def heard() -> Iterator[None]:
 def postponed() -> Iterator[None]:
     """Within it, a signal is only noted, and raised by `check`; a second Ctrl-C ends the process at once."""
     global _is_postponed
-    _is_postponed = True
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, _is_postponed = _is_postponed, True
     try:
         yield
     finally:
-        _is_postponed = False
+        _is_postponed = before
 
 
 def check() -> None:

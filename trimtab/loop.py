@@ -20,7 +20,7 @@ import torch
 from trimtab import checkpoint, estimate, interrupts
 from trimtab.classification import class_weights, compute_logits, loss_sum, metrics
 from trimtab.config import TrainSettings
-from trimtab.errors import ArtefactError, DivergedError, TrimtabError
+from trimtab.errors import ArtefactError, DivergedError, ResourceError
 from trimtab.forward import Forward
 from trimtab.machine import give_back_freed_memory
 from trimtab.model import trainable
@@ -106,9 +106,8 @@ class _Saver:
         """Writes a checkpoint, or warns; returns the progress with the time that has gone by."""
         try:
             return self._write(progress, best, evaluated=evaluated)
-        except OSError as error:  # a ResourceError, or what the pruning met
-            what = error.what if isinstance(error, TrimtabError) else str(error)
-            self.loop.tell("warning", text=f"{what} Training goes on")
+        except ResourceError as error:
+            self.loop.tell("warning", text=f"{error.what} Training goes on")
             return progress
 
     def save_what_is_new(self, progress: Progress, best: Mapping[str, torch.Tensor]) -> None:
@@ -123,9 +122,12 @@ class _Saver:
         tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
         folder = loop.run.checkpoints
         path = checkpoint.write(folder, progress.step, tensors, asdict(progress), evaluated=evaluated)
-        checkpoint.prune(folder, progress.best_step)
         self.saved_step = progress.step
         loop.tell("checkpoint", step=progress.step, path=path.name)
+        try:
+            checkpoint.prune(folder, progress.best_step)
+        except OSError as error:
+            loop.tell("warning", text=f"old checkpoints cannot be deleted: {error.strerror}")
         return progress
 
 

@@ -50,7 +50,10 @@ class Classifier:
 
     def encode(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> tokens.Encoded:
         """Tokens as in training: the adapter's own tokenizer and length."""
-        return tokens.encode(texts, self.adapter.tokenizer, self.adapter.max_length, labels)
+        try:
+            return tokens.encode(texts, self.adapter.tokenizer, self.adapter.max_length, labels)
+        except OverflowError as error:
+            raise self._beyond_the_base(error) from None
 
     def logits(
         self, encoded: tokens.Encoded, after_batch: Callable[[int], None] = lambda rows: None
@@ -63,12 +66,15 @@ class Classifier:
         try:
             return compute_logits(self.engine.forward, encoded, after_batch=after_batch)
         except IndexError as error:
-            raise ArtefactError(
-                "adapter.tokens",
-                f"This adapter makes tokens or positions that its base has no vectors for: {error}",
-                where=f"{self.adapter.folder}; lengths up to {int(encoded.lengths.max())}",
-                mend="copy the whole adapter folder again; if training wrote it so, please report it",
-            ) from None
+            raise self._beyond_the_base(error) from None
+
+    def _beyond_the_base(self, error: Exception) -> ArtefactError:
+        return ArtefactError(
+            "adapter.tokens",
+            f"This adapter makes tokens or positions that its base has no vectors for: {error}",
+            where=str(self.adapter.folder),
+            mend="copy the whole adapter folder again; if training wrote it so, please report it",
+        )
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """Answers texts, one prediction each, in their order.

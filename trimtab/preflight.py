@@ -112,7 +112,9 @@ def warnings(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
             lines.append(f"{one['conflicting_texts']:,} texts {where} have several labels, the first at {places}")
         if one.get("overlap_rows"):
             rest = "and none is left for a fair score"
-            if one["overlap_rows"] < one["rows_used"]:
+            if role != ("test" if "test" in found else "eval"):
+                rest = "and they choose the epoch"
+            elif one["overlap_rows"] < one["rows_used"]:
                 rest = "and the score without them is given beside"
             lines.append(
                 f"{one['overlap_rows']:,} {where} stand in the training file too: scores on them are too good, {rest}"

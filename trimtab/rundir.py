@@ -6,7 +6,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -117,7 +117,8 @@ def only_writer(run: RunDir) -> Iterator[None]:
         write_json(writer, {"pid": os.getpid(), "host": platform.node()})
         yield
     finally:
-        writer.unlink(missing_ok=True)
+        with suppress(OSError):
+            writer.unlink(missing_ok=True)
         lock.release()
 
 
@@ -165,7 +166,7 @@ def create(out: str | None, stem: str, *, needs: int = 0) -> RunDir:
 
 def _is_draft(file: Path) -> bool:
     """Whether a process that was killed before it wrote the recipe left this behind: a lock, half a file."""
-    return file.name in (".lock", ".writer.json") or file.suffix == ".tmp"
+    return file.name in (".lock", ".writer.json", ".writer.json.tmp", "recipe.toml.tmp")
 
 
 def _check_room(path: Path, needs: int) -> None:

@@ -99,7 +99,7 @@ def train(layered: Layered, *, out: str | None = None, budget: str = "", observe
         layered: The recipe; `trimtab.config.assemble` builds one.
         out: The run directory; None: a new one under ./runs.
         budget: Time that training may take, such as `5m`: epochs and rows are chosen to fit; empty: no limit.
-        observe: Receives every event as it happens.
+        observe: Receives every event as it happens, until an OSError of its own.
 
     Raises:
         TrimtabError: whatever cannot be, before anything is written; DivergedError while training.
@@ -313,7 +313,8 @@ def _disk_errors(run: RunDir) -> Iterator[None]:
         there += sorted(f"checkpoints/{path.name}" for path in run.checkpoints.glob("step-*"))
         raise ResourceError(
             "run.write",
-            f"The run cannot be written: {error.strerror or error}. What it has: {', '.join(there) or 'nothing'}.",
+            f"The run cannot be read or written: {error.strerror or error}. "
+            f"What it has: {', '.join(there) or 'nothing'}.",
             where=str(error.filename or run.path),
             mend=("make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to it that it can be written")
             + (f", then: trimtab train --resume {run.path}" if run.recipe.is_file() else ", then start it again"),
@@ -367,6 +368,9 @@ def _run(
     scored, logits, scores = _score(job, engine.forward, best["eval_logits"].numpy())
     chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
     card = report.model_card(job, scores, int(chosen["epoch"]), ready.parameters)
+    if run.metrics.exists():  # of a run that lost a file since: from here on it is not finished
+        run.metrics.unlink()
+        durable.sync_folder(run.path)
     write_predictions(run.predictions, scored.examples, logits, job.labels)
     shutil.rmtree(run.adapter, ignore_errors=True)  # of an earlier process that was stopped, or damaged since
     adapter.write(

@@ -6,6 +6,7 @@ one inside the folder. A folder that passes may still be wrong; it can neither r
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,9 +38,9 @@ def check_files(folder: Path) -> None:
         if not _leads_inside(file, folder):
             raise ArtefactError(
                 "adapter.outside",
-                f"{name} is a link that leads out of the adapter's folder, so it is not followed.",
+                f"{name} is a link that leads out of the adapter's folder or nowhere, so it is not followed.",
                 where=f"{file} -> {os.readlink(file) if file.is_symlink() else '?'}",
-                mend=f"if you trust what it leads to: cp -rL {folder} COPY",
+                mend=f"if you trust what it leads to: cp -rL {shlex.quote(str(folder))} COPY",
             )
         if not file.is_file():
             raise ArtefactError("adapter.damaged", f"{name} is not a plain file.", where=str(file), mend=_AGAIN)
