@@ -3,7 +3,7 @@
     python benchmarks/stopping.py [--trials 12]
 
 Each trial starts `trimtab train` and sends one signal, in turn SIGINT, SIGTERM, SIGUSR1 and SIGHUP, at a moment drawn
-between the reading of the files and the second epoch. Six minutes on two AVX2 cores. Writes
+between the reading of the files and the second epoch. Twelve minutes on two AVX2 cores. Writes
 benchmarks/results/stopping-KIND.json. Needs the extra `demo`.
 """
 
