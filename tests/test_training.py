@@ -92,6 +92,8 @@ class TestRepeat:
         resumed = training.resume(cut.path, observe=lambda event: told.append(str(event.get("text", ""))))
         assert any(newest.name in text for text in told)
         assert contents(whole.adapter) == contents(resumed.adapter)
+        assert (newest.parent / f".damaged-{newest.name}").is_dir()
+        checkpoint.read(newest)  # written anew, in the place of the damaged one
 
     def test_a_damaged_best_checkpoint_costs_nothing(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         layered = small(csv_file, bert)
