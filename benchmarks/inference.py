@@ -24,6 +24,7 @@ import onnxruntime
 import openvino
 import pyarrow.parquet as pq
 import torch
+from few_rows import trained_on_a_few_rows
 from onnxruntime.quantization import quantize_dynamic
 from peft import PeftModel
 from record import kind, write
@@ -31,7 +32,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
 from trimtab import batching, demo
-from trimtab.config import MINILM
 
 HERE = Path(__file__).parent
 Side = Callable[[list[str]], Any]
@@ -126,11 +126,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        train, evaluation = demo.prepare(folder)
-        settings = {"data.limit_train": 64, "data.limit_eval": 32, "train.num_epochs": 1}
-        run = trimtab.train(
-            train, eval=evaluation, recipe="tutorial", base=MINILM, settings=settings, out=folder / "run"
-        )
+        run, evaluation = trained_on_a_few_rows(folder)
         classifier = trimtab.load(run.path)
         base = str(classifier.base.folder)
         texts = pq.read_table(evaluation)["text"].to_pylist()[:2_000]

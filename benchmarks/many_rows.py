@@ -13,11 +13,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from few_rows import trained_on_a_few_rows
 from record import kind, write
-
-import trimtab
-from trimtab import demo
-from trimtab.config import MINILM
 
 
 def peak_of(adapter: Path, folder: Path, rows: int) -> int:
@@ -42,11 +39,7 @@ def peak_of(adapter: Path, folder: Path, rows: int) -> int:
 def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        train, evaluation = demo.prepare(folder)
-        settings = {"data.limit_train": 64, "data.limit_eval": 32, "train.num_epochs": 1}
-        run = trimtab.train(
-            train, eval=evaluation, recipe="tutorial", base=MINILM, settings=settings, out=folder / "run"
-        )
+        run, _ = trained_on_a_few_rows(folder)
         few, many = (peak_of(run.adapter, folder, rows) for rows in (100_000, 1_000_000))
     write(
         f"many_rows-{kind()}",

@@ -50,8 +50,18 @@ def test_repeats_and_contradictions_are_counted() -> None:
 
 
 def test_overlap_is_told_row_by_row() -> None:
-    judged = rows(("a Film", "a"), ("another", "b"))
-    assert preflight.overlap(rows(("a film.", "b")), judged) == [True, False]
+    known, judged = (
+        data.Rows(rows(*pairs), [], "text", "label", [])
+        for pairs in ([("a film.", "b"), ("more", "a")], [("a Film", "a"), ("another", "b")])
+    )
+    found = preflight.known_rows(
+        {"train": known, "eval": judged}, {"train": known.examples[1:], "eval": judged.examples, "test": known.examples}
+    )
+    assert {role: flags.tolist() for role, flags in found.items()} == {
+        "train": [False],
+        "eval": [True, False],  # against the whole file, though its row was not drawn
+        "test": [False, False],  # not of a file of its own
+    }
 
 
 WORDS = st.sampled_from(["a", "A!", "b", "c", "d", "e e", "ee", "f"])
@@ -62,7 +72,7 @@ def test_a_split_never_parts_what_is_the_same(pairs: list[tuple[str, str]]) -> N
     examples = rows(*pairs)
     train, evaluation = data.split(examples, 0.3, 7)
     assert sorted(train + evaluation, key=lambda e: e.line) == examples
-    assert not any(preflight.overlap(train, evaluation))
+    assert {data.reduced(e.text) for e in train}.isdisjoint(data.reduced(e.text) for e in evaluation)
     assert train
 
 

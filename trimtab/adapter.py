@@ -196,7 +196,7 @@ def read(folder: Path) -> Adapter:
             tensors_sha256=str(meta["tensors_sha256"]),
         )
         _check_descriptions(folder, meta)
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, ArtefactError):
             raise
         raise ArtefactError(

@@ -42,24 +42,23 @@ def write(
 ) -> Path:
     """Writes `folder/step-<step>`, or `step-<step>-evaluated`, atomically, and returns it.
 
-    One name is one state of a run, so one that is there already and whole is left as it is.
+    One name is one state of a run, so one that is there already is left as it is, and its name flushed.
 
     Raises:
         ResourceError: the disk is full, or the folder may not be written to.
     """
     final = folder / name_of(step, evaluated=evaluated)
-    draft = folder / f".tmp-{final.name}-{os.getpid()}"
-    contents = {
-        "tensors.safetensors": save({name: tensor.detach().contiguous() for name, tensor in sorted(tensors.items())}),
-        "state.json": (json.dumps({"schema_version": SCHEMA_VERSION, "state": state}, indent=1) + "\n").encode(),
-    }
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    contents["manifest.json"] = (json.dumps({"step": step, "sha256": sums}, indent=1) + "\n").encode()
     try:
         if final.is_dir():
             durable.sync_folder(folder)
             return final
-        with durable.new_folder(final, draft):
+        contents = {
+            "tensors.safetensors": save({name: one.detach().contiguous() for name, one in sorted(tensors.items())}),
+            "state.json": (json.dumps({"schema_version": SCHEMA_VERSION, "state": state}, indent=1) + "\n").encode(),
+        }
+        sums = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+        contents["manifest.json"] = (json.dumps({"step": step, "sha256": sums}, indent=1) + "\n").encode()
+        with durable.new_folder(final, folder / f".tmp-{final.name}-{os.getpid()}") as draft:
             for name, data in contents.items():
                 durable.write_bytes(draft / name, data)
     except OSError as error:

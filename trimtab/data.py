@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -262,24 +261,33 @@ def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Exa
     )
 
 
+_BETWEEN_LETTERS = re.compile(r"[\W_]+")
+
+
 def reduced(text: str) -> str:
     """A text as its casefolded letters and digits, with nothing between them: texts of one such form are the same.
 
     Spaces, punctuation and case make no second text. One without letters and digits stays as it is.
     """
-    folded = text.casefold().replace("i\u0307", "i")  # Turkish's dotted capital
-    return _between_letters().sub("", folded) or text.strip()
+    folded = text.casefold()
+    if not folded.isascii():
+        folded = folded.replace("i\u0307", "i")  # Turkish's dotted capital
+        return _BETWEEN_LETTERS.sub(_marks_alone, folded) or text.strip()
+    return _BETWEEN_LETTERS.sub("", folded) or text.strip()
 
 
-@lru_cache
-def _between_letters() -> re.Pattern[str]:
-    """What is neither letter nor digit; the vowel signs of Hindi, Thai and their kin are parts of letters.
+def _marks_alone(between: re.Match[str]) -> str:
+    """What stays of the signs between letters: the vowels of Hindi, Thai and their kin, to Unicode no letters.
 
-    Variation selectors (U+FE00 to U+FE0F) are marks too, and part of an emoji.
+    Variation selectors (U+FE00 to U+FE0F) are marks too, and part of an emoji. A pattern with all marks in it took
+    27 s over the demo's 20,000 reviews, this way takes 1.3 (read once, by hand).
     """
-    codes = (code for code in range(0x300, 0x20000) if not 0xFE00 <= code <= 0xFE0F)
-    marks = "".join(chr(code) for code in codes if unicodedata.category(chr(code)) in ("Mn", "Mc"))
-    return re.compile(rf"(?:[^\w{marks}]|_)+")
+    signs = between.group()
+    if signs.isascii():
+        return ""
+    return "".join(
+        sign for sign in signs if unicodedata.category(sign) in ("Mn", "Mc") and not "\ufe00" <= sign <= "\ufe0f"
+    )
 
 
 def is_sorted_by_label(examples: Sequence[Example]) -> bool:

@@ -19,7 +19,7 @@ _is_postponed = False
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked to stop, and a safe point was reached. A KeyboardInterrupt, as notebooks expect of Ctrl-C."""
+    """A signal asked to stop, where that is safe. A KeyboardInterrupt, as notebooks expect of Ctrl-C."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later, which here is to resume
 

@@ -81,6 +81,8 @@ class _Loop:
     """Of the classes, float32[C]; None: every row counts alike."""
     first_step: int
     """Steps that earlier processes have done."""
+    epoch_tokens: int
+    eval_tokens: int
 
     @property
     def settings(self) -> TrainSettings:
@@ -151,7 +153,19 @@ def run_loop(
     weights = None
     if settings.class_weights == "auto":
         weights = class_weights(job.train.encoded.labels, len(job.labels)).to(job.placement.device)
-    loop = _Loop(run, job, forward, parameters, optimizer, tell, observe, weights, progress.step)
+    loop = _Loop(
+        run=run,
+        job=job,
+        forward=forward,
+        parameters=parameters,
+        optimizer=optimizer,
+        tell=tell,
+        observe=observe,
+        weights=weights,
+        first_step=progress.step,
+        epoch_tokens=int(job.train.encoded.lengths.sum()),
+        eval_tokens=int(job.eval.encoded.lengths.sum()),
+    )
     saver = _Saver(loop, progress)
     while progress.epoch < int(settings.num_epochs) and not _is_over(progress, settings):
         progress = _train_epoch(loop, progress, best, saver)
@@ -214,11 +228,11 @@ def _tell_step(loop: _Loop, progress: Progress, done: "Step", rate: float, epoch
     remaining = estimate.remaining_seconds(
         step_seconds=progress.step_seconds,
         tokens=progress.tokens,
-        tokens_left=int(loop.job.train.encoded.lengths.sum()) * int(settings.num_epochs) - progress.tokens,
+        tokens_left=loop.epoch_tokens * int(settings.num_epochs) - progress.tokens,
         eval_seconds=progress.eval_seconds,
         evals=evaluations,
         evals_left=int(settings.num_epochs) - evaluations,
-        eval_tokens=int(loop.job.eval.encoded.lengths.sum()),
+        eval_tokens=loop.eval_tokens,
     )
     loop.observe(
         {

@@ -44,21 +44,16 @@ def repeats(examples: Sequence[Example]) -> Repeats:
     return Repeats(len(examples) - len(pairs), len(conflicting), next(iter(conflicting.values()), None))
 
 
-def overlap(known: Sequence[Example], judged: Sequence[Example]) -> list[bool]:
-    """For each judged row whether its text stands among the known ones."""
-    keys = {reduced(example.text) for example in known}
-    return [reduced(example.text) in keys for example in judged]
-
-
 def known_rows(rows: Mapping[str, Rows], parts: Mapping[str, Sequence[Example]]) -> dict[str, npt.NDArray[np.bool_]]:
     """For each part, bool[n]: whether a row's text stands in the training file too; False for the training rows.
 
     Against the whole file where there is one: a row that was not drawn this time may have been before.
     """
-    found = {}
-    for role, examples in parts.items():
-        known = rows["train"].examples if role in rows else parts["train"]
-        flags = [False] * len(examples) if role == "train" else overlap(known, examples)
+    found = {"train": np.zeros(len(parts["train"]), np.bool_)}
+    whole = {reduced(example.text) for example in rows["train"].examples}
+    for role in (role for role in parts if role != "train"):
+        # Our own split never parts what is the same, so its two sides know nothing of each other.
+        flags = [role in rows and reduced(example.text) in whole for example in parts[role]]
         found[role] = np.array(flags, np.bool_)
     return found
 

@@ -6,6 +6,8 @@ starts, and travels with the adapter from then on. Knows nothing of labels' mean
 
 import contextlib
 import hashlib
+import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -210,11 +212,15 @@ def save(tokenizer: Tokenizer, base_folder: Path, folder: Path) -> None:
             durable.write_bytes(folder / name, (base_folder / name).read_bytes())
 
 
+_MOST_TOKENS = 10_000_000  # the largest vocabularies have 260,000
+_LONG_NUMBER = re.compile(rb":\s*\d{8,}")  # only then the file is looked into, not at every start
+
+
 def load(folder: Path, pad_id: int, sha256: str) -> Tokenizer:
     """Reads the tokenizer of an adapter folder.
 
     Raises:
-        ArtefactError: it is missing or not the one that the adapter was trained with.
+        ArtefactError: it is missing, not the one that the adapter was trained with, or numbers tokens beyond any base.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -233,4 +239,19 @@ def load(folder: Path, pad_id: int, sha256: str) -> Tokenizer:
             where=f"{file}: sha256 {found[:12]}, expected {sha256[:12]}",
             mend="copy the whole adapter folder again",
         )
+    if _LONG_NUMBER.search(data) and (largest := _largest_id(json.loads(data))) >= _MOST_TOKENS:
+        raise ArtefactError(
+            "adapter.tokenizer",
+            f"tokenizer.json numbers a token {largest:,}, and no base has so many vectors.",
+            where=str(file),
+            mend="copy the whole adapter folder again",
+        )
     return Tokenizer(data.decode(), pad_id)
+
+
+def _largest_id(said: Any) -> int:
+    """The largest number of a token in a tokenizer.json; the library would make a table of that many."""
+    words = said.get("model", {}).get("vocab")
+    ids = [*words.values()] if isinstance(words, dict) else []
+    ids += [token["id"] for token in said.get("added_tokens") or ()]
+    return max((number for number in ids if isinstance(number, int)), default=0)

@@ -182,9 +182,9 @@ def _finished(run: RunDir, observe: Observer) -> Run | None:
     Raises:
         ArtefactError: it does not verify.
     """
-    if not (run.adapter.is_dir() and run.predictions.is_file() and _is_whole(run.metrics)):
+    metrics = _metrics(run)
+    if metrics is None or not (run.adapter.is_dir() and run.predictions.is_file()):
         return None
-    metrics = json.loads(run.metrics.read_text("utf-8"))
     _check_finished(run)
     observe({"event": "warning", "text": "this run was finished already: it verifies, and nothing was changed"})
     observe({"event": "end", "run": str(run.path), "metrics": metrics})
@@ -292,12 +292,13 @@ def count_parameters(layered: Layered, num_labels: int) -> dict[str, Any]:
     ).as_dict()
 
 
-def _is_whole(metrics: Path) -> bool:
+def _metrics(run: RunDir) -> dict[str, Any] | None:
+    """What metrics.json says; None where it is not there or not whole."""
     try:
-        found = json.loads(metrics.read_text("utf-8"))
-        return isinstance(found, dict) and found["scored_on"] in ("eval", "test") and found["accuracy_ci95"][1] >= 0
+        found: dict[str, Any] = json.loads(run.metrics.read_text("utf-8"))
+        return found if found["scored_on"] in ("eval", "test") and found["accuracy_ci95"][1] >= 0 else None
     except (OSError, ValueError, TypeError, KeyError, IndexError):
-        return False
+        return None
 
 
 @contextmanager
