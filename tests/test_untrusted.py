@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -214,7 +213,6 @@ def other_numbers(folder: Path, number: int = 1_000_000) -> None:
     "change",
     [
         other_numbers,
-        lambda folder: other_numbers(folder, 3_000_000_000),
         lambda folder: described(lambda meta: meta["preprocessing"].update(max_length=100_000))(folder, folder),
         lambda folder: described(lambda meta: meta["preprocessing"].update(pad_id=1_000_000_000))(folder, folder),
     ],
@@ -228,9 +226,16 @@ def test_tokens_that_the_base_does_not_have_are_an_error_or_change_nothing(
     try:
         found = predict.load(folder, runtime=RuntimeSettings(fast=fast)).predict(texts)
     except ArtefactError as refused:
-        assert re.search("no vectors for|no base has so many vectors", str(refused))  # noqa: PT017
+        assert "no vectors for" in str(refused)  # noqa: PT017
     else:
         assert [said.label for said in found] == expected
+
+
+def test_a_number_of_a_token_that_would_need_gigabytes_is_refused_before_it_is_used(folder: Path) -> None:
+    """The tokenizers library makes a table up to the largest: 35 s for this one (read once, by hand)."""
+    other_numbers(folder, 3_000_000_000)
+    with pytest.raises(ArtefactError, match="numbers a token 3,000,000,000"):
+        adapter.read(folder)
 
 
 def test_a_pickle_beside_the_tensors_is_not_opened(folder: Path, tmp_path: Path) -> None:
