@@ -144,6 +144,7 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "train.metric_for_best_model": st.sampled_from(["auto", "loss", "accuracy", "macro_f1"]),
     "train.class_weights": st.sampled_from(["none", "auto"]),
     "train.group_by_length": st.booleans(),
+    "train.baselines": st.booleans(),
     "train.log_every_steps": st.integers(1),
     "train.save_every_s": st.floats(0, exclude_min=True, allow_infinity=False),
     "train.seed": SEED,

@@ -15,18 +15,21 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py")} | {
 
 # From the ground up. A module imports from lower layers only, so no two modules of one layer know each other.
 LAYERS = [
-    ["durable", "errors", "interrupts", "machine"],
+    ["durable", "errors", "interrupts", "machine", "paired"],
     ["config"],
     ["hub"],
     ["data", "tokens", "rundir", "checkpoint", "doctor", "device", "model", "untrusted", "fast"],
     ["batching", "demo", "preflight"],
     ["forward"],
     ["classification"],
-    ["adapter", "resolve"],
-    ["estimate", "predict", "report"],
-    ["evaluation", "files", "console"],
-    ["loop"],
-    ["training"],
+    ["adapter", "calibration", "resolve"],
+    ["build", "estimate", "predict", "report"],
+    ["baselines", "comparison", "console", "files"],
+    ["evaluation", "loop"],
+    ["search"],
+    ["rivals", "training"],
+    ["trials"],
+    ["tuning"],
     ["api"],
     ["cli"],
 ]

@@ -16,7 +16,7 @@ import torch
 from conftest import built, reviews, write_csv
 
 import trimtab
-from trimtab import batching, checkpoint, config, loop, training
+from trimtab import batching, build, checkpoint, config, loop, training
 from trimtab.config import Layered
 from trimtab.errors import ArtefactError, DataError, DivergedError, RecipeError, ResourceError
 from trimtab.loop import Progress
@@ -303,7 +303,7 @@ class TestLoop:
         self, csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Steps 3 and 8 of 12 give no number; the others go on, and a resumed run ends in the same bytes."""
-        forward, calls = training.choose, []
+        forward, calls = build.choose, []
 
         def broken(*given: Any) -> Any:
             engine = forward(*given)
@@ -315,7 +315,7 @@ class TestLoop:
             return replace(engine, forward=sometimes)
 
         spoilt = {loop.dropout_seed(42, batch) for batch in (2, 7)}
-        monkeypatch.setattr(training, "choose", broken)
+        monkeypatch.setattr(build, "choose", broken)
         run = training.train(small(csv_file, bert), out=str(tmp_path / "run"), observe=calls.append)
         told = [event for event in calls if event["event"] == "not_finite"]
         assert [event["step"] for event in told] == [3, 8]
@@ -335,7 +335,7 @@ class TestLoop:
         self, csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Before the first update AdamW has no moments."""
-        forward = training.choose
+        forward = build.choose
 
         def broken(*given: Any) -> Any:
             engine = forward(*given)
@@ -346,7 +346,7 @@ class TestLoop:
 
             return replace(engine, forward=first_is_not)
 
-        monkeypatch.setattr(training, "choose", broken)
+        monkeypatch.setattr(build, "choose", broken)
         recipe = small(csv_file, bert, train__save_every_s=1e-9)
         run = training.train(recipe, out=str(tmp_path / "run"))
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trimtab.api import evaluate, load, train
+    from trimtab.api import compare, evaluate, load, train
     from trimtab.config import Recipe
     from trimtab.errors import TrimtabError
     from trimtab.predict import Classifier, Prediction
@@ -28,6 +28,7 @@ __all__ = [
     "Run",
     "TrimtabError",
     "__version__",
+    "compare",
     "evaluate",
     "load",
     "train",
@@ -39,6 +40,7 @@ _HOMES = {
     "Recipe": "config",
     "Run": "training",
     "TrimtabError": "errors",
+    "compare": "api",
     "evaluate": "api",
     "load": "api",
     "train": "api",

@@ -72,6 +72,8 @@ class Adapter:
     """Sentences and the logits that they had after training."""
     computed_in: str
     """The dtype of those logits."""
+    temperature: float
+    """What logits are divided by before they become probabilities."""
     tensors_sha256: str
     """Of adapter_model.safetensors."""
 
@@ -94,10 +96,12 @@ def write(
     head: list[str],
     card: str,
     computed_in: str = "float32",
+    temperature: float = 1.0,
 ) -> None:
     """Writes the adapter of a trained peft model into a new folder, which appears whole or not at all.
 
     `forward` is what computes the model's logits, in the dtype `computed_in`; it answers the probe sentences.
+    `temperature` is what those who use the adapter divide logits by.
     """
     import peft
 
@@ -139,6 +143,7 @@ def write(
             "tensors_sha256": hashlib.sha256(stored).hexdigest(),
             "config_sha256": hashlib.sha256(described).hexdigest(),
             "computed_in": computed_in,
+            "temperature": temperature,
             "probes": [{"text": text, "logits": row.tolist()} for text, row in zip(PROBES, probe_logits, strict=True)],
         }
         durable.write_bytes(draft / "trimtab.json", _as_json(meta | {"sha256": _digest(meta)}))
@@ -193,6 +198,7 @@ def read(folder: Path) -> Adapter:
             head=_modules("head", meta["head"]),
             probes=_probes(meta["probes"], len(values)),
             computed_in=str(meta.get("computed_in", "float32")),
+            temperature=_temperature(meta.get("temperature", 1.0)),  # the first adapters had none
             tensors_sha256=str(meta["tensors_sha256"]),
         )
         _check_descriptions(folder, meta)
@@ -216,6 +222,13 @@ def _probes(said: list[dict[str, Any]], classes: int) -> tuple[tuple[str, tuple[
     for text, _ in probes:
         str.encode(text)  # a TypeError where it is no string, a ValueError where it holds half a character
     return probes
+
+
+def _temperature(said: object) -> float:
+    """A number that logits can be divided by."""
+    if not isinstance(said, int | float) or not 1e-6 <= said <= 1e6:
+        raise ValueError(f"temperature {said} cannot be")
+    return float(said)
 
 
 def _modules(what: str, said: object) -> tuple[str, ...]:

@@ -1,16 +1,17 @@
-"""The Python API: `train`, `load`, `evaluate`. The command line stands on the same functions."""
+"""The Python API: `train`, `load`, `evaluate`, `compare`. The command line stands on the same functions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimtab import config, console, evaluation, training
+from trimtab.comparison import compare
 from trimtab.config import RuntimeSettings
 from trimtab.loop import Observer
 from trimtab.predict import load
 from trimtab.training import Run
 
-__all__ = ["evaluate", "load", "train"]
+__all__ = ["compare", "evaluate", "load", "train"]
 
 Files = str | Path | Sequence[str | Path]
 
@@ -75,6 +76,7 @@ def evaluate(
     text: str | None = None,
     label: str | None = None,
     skip_bad: bool = False,
+    raw_scores: bool = False,
     runtime: RuntimeSettings | None = None,
 ) -> dict[str, Any]:
     """Scores a run or an adapter on labelled files.
@@ -86,11 +88,13 @@ def evaluate(
         text: Name of the text column; None: found by its name.
         label: Name of the label column; None: found by its name.
         skip_bad: Set rows that cannot be used aside and count them, instead of raising.
+        raw_scores: Judge the scores as the model gives them, without the adapter's temperature.
         runtime: Device and threads; the defaults choose.
 
     Returns:
-        eval_rows, accuracy, accuracy_ci95, macro_f1, per_class, loss, majority_accuracy, rows_cut, rows_skipped,
-        rows_per_s, total_seconds, peak_rss_bytes.
+        eval_rows, accuracy, accuracy_ci95, macro_f1, per_class, loss, ece, temperature, majority_accuracy, baselines,
+        rows_cut, rows_skipped, rows_per_s, total_seconds, peak_rss_bytes; baselines_missing, why an adapter alone has
+        one only.
 
     Raises:
         TrimtabError: one of its kinds, with what was found, where, and the mend.
@@ -102,6 +106,7 @@ def evaluate(
         text=text or "auto",
         label=label or "auto",
         skip_bad=skip_bad,
+        raw_scores=raw_scores,
         runtime=runtime,
     )
 

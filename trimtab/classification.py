@@ -16,6 +16,7 @@ from trimtab.forward import Forward
 from trimtab.tokens import Encoded
 
 LANGUAGES = ("zh", "en")
+CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Labels:
             return self.values[i]
         parts = self.names[i].split("/")
         return parts[LANGUAGES.index(language)] if language and len(parts) == len(LANGUAGES) else self.names[i]
+
+    def shown(self, label: str, language: str = "") -> str:
+        """The display name of a label; what is none of the labels, such as `unsure`, is shown as it stands."""
+        return self.name(self.values.index(label), language) if label in self.values else label
 
 
 def make_labels(values: Sequence[str], names: Mapping[str, str]) -> Labels:
@@ -117,8 +122,9 @@ def metrics(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], name
     """Scores of n rows, logits float32[n, C] against labels int64[n].
 
     Returns:
-        eval_rows, loss (mean negative log-likelihood), accuracy, accuracy_ci95 [low, high], macro_f1 (over the
-        classes that occur or are answered), majority_accuracy (always answering the commonest of these rows), and
+        eval_rows, loss (mean negative log-likelihood), ece (`calibration_error`), accuracy, accuracy_ci95 [low, high],
+        macro_f1 (over the classes that occur or are answered), majority_accuracy (always answering the commonest of
+        these rows), and
         per_class: precision, recall, f1, rows for each label.
     """
     from sklearn.metrics import precision_recall_fscore_support
@@ -129,11 +135,10 @@ def metrics(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], name
         labels, answers, labels=range(len(names)), zero_division=0.0
     )
     occurs = (support > 0) | np.isin(np.arange(len(names)), answers)
-    exact = logits.astype(np.float64)
-    log_probability = exact[np.arange(len(labels)), labels] - np.logaddexp.reduce(exact, axis=1)
     return {
         "eval_rows": len(labels),
-        "loss": float(-log_probability.mean()),
+        "loss": mean_loss(logits, labels),
+        "ece": calibration_error(logits, labels),
         "accuracy": correct / len(labels),
         "accuracy_ci95": list(wilson(correct, len(labels))),
         "macro_f1": float(f1[occurs].mean()),
@@ -148,6 +153,23 @@ def metrics(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], name
             for i, name in enumerate(names)
         },
     }
+
+
+def mean_loss(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> float:
+    """Mean negative log-likelihood of labels int64[n] under logits float32[n, C]."""
+    exact = logits.astype(np.float64)
+    return float((np.logaddexp.reduce(exact, axis=1) - exact[np.arange(len(labels)), labels]).mean())
+
+
+def calibration_error(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> float:
+    """Expected calibration error: how far score and share of right answers are apart, over bins of the score.
+
+    15 bins of equal width, as in Guo et al. 2017 (arXiv 1706.04599).
+    """
+    scores, correct = softmax(logits).max(axis=1), logits.argmax(axis=1) == labels
+    bins = np.minimum((scores * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = np.abs(np.bincount(bins, scores) - np.bincount(bins, correct))
+    return float(gaps.sum() / len(labels))
 
 
 def wilson(correct: int, rows: int, z: float = 1.959964) -> tuple[float, float]:

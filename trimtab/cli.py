@@ -63,6 +63,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the recipe, as in lora.r=16; again for more."),
 ]
+RawScores = Annotated[
+    bool, typer.Option("--raw-scores", help="Scores as the model gives them, without the adapter's temperature.")
+]
 Runtime = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="runtime.KEY=VALUE", help="Device, threads, dtype, fast: runtime.threads=1."),
@@ -187,6 +190,10 @@ def predict(
         typer.Option(metavar="FILE", help="Write CSV, JSONL or parquet: the input's columns and the answers."),
     ] = None,
     lang: Annotated[str, typer.Option(metavar="zh|en", help="Language of the label names.")] = "",
+    min_score: Annotated[
+        float, typer.Option("--min-score", metavar="0..1", help='Answers with a lower score get the label "unsure".')
+    ] = 0.0,
+    raw_scores: RawScores = False,
     base: BaseOption = None,
     settings: Runtime = None,
     as_json: Json = False,
@@ -219,16 +226,16 @@ def predict(
         rows = 0
         with answer_files.writing(out) as append:
             for table in tables:
-                append(table, classifier.predict(table.texts))
+                append(table, classifier.predict(table.texts, min_score=min_score, raw_scores=raw_scores))
                 rows += len(table.texts)
         print(f"{rows:,} rows in {out}", file=sys.stderr)
         return
     for table in tables:
-        predictions = classifier.predict(table.texts)
+        predictions = classifier.predict(table.texts, min_score=min_score, raw_scores=raw_scores)
         if as_json:
             for prediction in predictions:
-                index = classifier.labels.values.index(prediction.label)
-                _json(asdict(prediction) | ({"name": classifier.labels.name(index, lang)} if lang else {}))
+                name = {"name": classifier.labels.shown(prediction.label, lang)} if lang else {}
+                _json(asdict(prediction) | name)
         else:
             for line in answer_files.table_lines(predictions, classifier.labels, lang):
                 print(line)
@@ -273,6 +280,7 @@ def evaluate(
     label: Label = None,
     base: BaseOption = None,
     bad_rows: BadRows = None,
+    raw_scores: RawScores = False,
     settings: Runtime = None,
     as_json: Json = False,
 ) -> None:
@@ -288,6 +296,7 @@ def evaluate(
         text=text or "auto",
         label=label or "auto",
         skip_bad=bad_rows == "skip",
+        raw_scores=raw_scores,
         runtime=_runtime(settings),
     )
     if as_json:
@@ -295,6 +304,92 @@ def evaluate(
     else:
         for line in report.score_lines(scores):
             print(line)
+
+
+@app.command()
+def compare(
+    items: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN RUN...|FILE...", help="Finished runs; or, with --methods, labelled rows."),
+    ],
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Train these on FILE and compare: lora,dora,rslora,head,full.")
+    ] = "",
+    metric: Annotated[str, typer.Option(metavar="accuracy|macro_f1", help="What runs are compared by.")] = "accuracy",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, at its best rate.")] = 5,
+    rates: Annotated[int, typer.Option(min=1, max=9, help="Learning rates tried for each method.")] = 3,
+    margin: Annotated[float, typer.Option(help="Methods whose difference lies within it are the same.")] = 0.01,
+    eval_files: EvalFiles = None,
+    test_files: Annotated[
+        list[str] | None,
+        typer.Option("--test", metavar="FILE", help="Rows that decide; else a fifth of FILE is kept for it."),
+    ] = None,
+    text: Text = None,
+    label: Label = None,
+    base: BaseOption = None,
+    recipe: RecipeOption = "default",
+    settings: Settings = None,
+    bad_rows: BadRows = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where trials go; the same DIR again goes on with them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare finished runs on the same rows; or train methods over seeds and compare those."""
+    from trimtab.comparison import compare as compare_runs
+    from trimtab.comparison import compare_lines
+
+    given = _given(None, eval_files, test_files, text, label, base, bad_rows)
+    if not methods:
+        if given or settings or out or recipe != "default":
+            raise RecipeError(
+                "usage", "Finished runs are compared as they are.", mend="--methods lora,full trains; or RUN RUN alone"
+            )
+        found = compare_runs(items, metric)
+        lines = compare_lines(found)
+    else:
+        from trimtab import config, trials
+
+        layered = config.assemble(recipe, given | {"data.train": tuple(items)}, settings or [])
+        wanted = trials.Plan(tuple(methods.split(",")), seeds, rates, margin)
+        with _stop_hint(lambda: _TRIALS_HINT):
+            found = trials.run(layered, wanted, out=out, tell=_say)
+        lines = trials.table_lines(found)
+    if as_json:
+        _json(found)
+    else:
+        for line in lines:
+            print(line)
+
+
+@app.command()
+def tune(
+    files: Files = None,
+    trials: Annotated[int, typer.Option(min=1, help="Recipes to try, those of an earlier call included.")] = 20,
+    eval_files: EvalFiles = None,
+    test_files: TestFiles = None,
+    text: Text = None,
+    label: Label = None,
+    base: BaseOption = None,
+    recipe: RecipeOption = "default",
+    settings: Settings = None,
+    bad_rows: BadRows = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where trials go; the same DIR again goes on with them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search for a better recipe: learning rate, rank, targets, epochs. Needs the extra `tune`."""
+    from trimtab import config, tuning
+
+    given = _given(files, eval_files, test_files, text, label, base, bad_rows)
+    with _stop_hint(lambda: _TRIALS_HINT):
+        found = tuning.tune(config.assemble(recipe, given, settings or []), trials, out=out, tell=_say)
+    if as_json:
+        _json(found)
+    else:
+        print(f"best    {found['metric']} {found['best']:.4f} on the evaluation rows, which chose it; use it:")
+        print(f"  trimtab train --recipe {_shown(Path(found['recipe']))}")
 
 
 @app.command()
@@ -483,6 +578,13 @@ def _given(
     return {key: value for key, value in flags.items() if value}
 
 
+_TRIALS_HINT = "what has finished stays: the same command goes on, with --out DIR of the folder named above"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _both(first: "Observer", second: "Observer") -> "Observer":
     def observe(event: Mapping[str, Any]) -> None:
         first(event)
@@ -528,17 +630,27 @@ def _shown(path: Path) -> str:
 @contextmanager
 def _resume_hint(run: str = "") -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Says how to go on when a signal stops a run that has begun, or `run`, which is resumed."""
-    from trimtab.interrupts import Interrupted
 
     def note(event: Mapping[str, Any]) -> None:
         nonlocal run
         run = str(event.get("run", run))
 
-    try:
+    def hint() -> str:
+        return f"go on with:\n  trimtab train --resume {_shown(Path(run))}" if run else "nothing was written"
+
+    with _stop_hint(hint):
         yield note
+
+
+@contextmanager
+def _stop_hint(hint: Callable[[], str]) -> Iterator[None]:
+    """Ends the command where a signal asked to stop, with what to do then."""
+    from trimtab.interrupts import Interrupted
+
+    try:
+        yield
     except KeyboardInterrupt as stop:
-        hint = f"go on with:\n  trimtab train --resume {_shown(Path(run))}" if run else "nothing was written"
         by = f" by {stop.name}" if isinstance(stop, Interrupted) else ""
         with suppress(OSError):  # the terminal may be what went away
-            print(f"\nstopped{by}; {hint}", file=sys.stderr)
+            print(f"\nstopped{by}; {hint()}", file=sys.stderr)
         sys.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)

@@ -132,8 +132,8 @@ class TrainSettings(Section):
     )
     batch_size: int = Field(16, ge=1, description="Rows a step.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches an optimizer step.")
-    learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Auto = Field(
-        "auto", description="auto: 1e-3, 5e-4 from width 768, 3e-4 from 1024."
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Literal["auto", "search"] = Field(
+        "auto", description="auto: 1e-3, 5e-4 from width 768, 3e-4 from 1024; search: tries three around that."
     )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only.")
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of steps of warm-up; above 0: at least 10.")
@@ -145,6 +145,7 @@ class TrainSettings(Section):
     class_weights: Literal["none", "auto"] = Field(
         "none", description="auto: a row weighs n / (classes x rows of its class); evaluation is never weighed."
     )
+    baselines: bool = Field(True, description="Judge counted words and the untrained base on the same rows.")
     group_by_length: bool = Field(True, description="Put texts of similar length into a batch.")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two log lines.")
     save_every_s: float = Field(30.0, gt=0, description="Seconds between two checkpoints; each epoch has one too.")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from trimtab.report import data_lines, parameter_lines, score_line
+from trimtab.report import calibration_lines, data_lines, parameter_lines, score_line, verdict_lines
 
 _SPARSE_S = 10.0  # seconds between two step lines where there is no live line
 
@@ -82,6 +82,8 @@ def event_lines(event: Mapping[str, Any]) -> list[str]:
         return _start_lines(event)
     if kind == "warning":
         return [f"! {event['text']}"]
+    if kind == "search":
+        return [f"search  {event['text']}"]
     if kind == "resume":
         return [f"resume  from {event['path']}"]
     if kind == "forecast":
@@ -159,6 +161,8 @@ def _end_lines(event: Mapping[str, Any]) -> list[str]:
     where = "test rows, seen once" if scores["scored_on"] == "test" else "evaluation rows, which also chose the epoch"
     return [
         f"done    {score_line(scores)}",
+        *(f"        {line}" for line in verdict_lines(scores)),
+        *(f"        {line}" for line in calibration_lines(scores)),
         f"        on the {where}; epoch {scores['epoch']}; "
         f"{duration(scores['train_seconds'])} of training, {scores['peak_rss_bytes'] / 1e9:.2f} GB at most",
         f"        adapter of {scores['adapter_bytes'] / 1e3:,.0f} kB, loaded again in a fresh process: "

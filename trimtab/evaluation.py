@@ -1,6 +1,7 @@
 """A model against labelled rows: `trimtab eval`, the prediction file of a run, and `trimtab verify`."""
 
 import io
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab import data, durable
+from trimtab import baselines, data, durable
+from trimtab.build import make_ready
 from trimtab.classification import Labels, metrics, softmax
 from trimtab.config import RuntimeSettings, load_recipe
 from trimtab.data import Example, text_problem
-from trimtab.errors import ArtefactError
+from trimtab.errors import ArtefactError, TrimtabError
 from trimtab.machine import peak_rss_bytes
 from trimtab.predict import load
+from trimtab.resolve import Part, resolve
 from trimtab.rundir import RunDir, locate
 
 _CHECKED_ROWS = 64
@@ -49,13 +52,18 @@ def evaluate(
     text: str = "auto",
     label: str = "auto",
     skip_bad: bool = False,
+    raw_scores: bool = False,
     runtime: RuntimeSettings | None = None,
 ) -> dict[str, Any]:
     """Scores a run or an adapter on labelled files.
 
+    A run knows the rows that it was trained on, so its baselines learn from them again and answer these rows too; an
+    adapter folder alone is compared to the commonest label only.
+
     Returns:
-        The keys of metrics.json: eval_rows, accuracy, accuracy_ci95, macro_f1, per_class, loss,
-        majority_accuracy, rows_cut, rows_skipped, rows_per_s, total_seconds, peak_rss_bytes.
+        The keys of metrics.json: eval_rows, accuracy, accuracy_ci95, macro_f1, per_class, loss and ece (of the scores
+        that `predict` gives; of the model's own under `raw_scores`), temperature, majority_accuracy, baselines,
+        rows_cut, rows_skipped, rows_per_s, total_seconds, peak_rss_bytes; baselines_missing, why there are no more.
 
     Raises:
         DataError, ArtefactError, BaseModelError: as `load` and the reading of files do.
@@ -68,7 +76,11 @@ def evaluate(
     begun = time.monotonic()
     logits = classifier.logits(encoded)
     seconds = time.monotonic() - begun
-    return metrics(logits, encoded.labels, classifier.labels.values) | {
+    temperature = 1.0 if raw_scores else classifier.adapter.temperature
+    scored = Part(rows.examples, encoded, np.zeros(len(encoded), np.bool_))
+    return metrics(logits / np.float32(temperature), encoded.labels, classifier.labels.values) | {
+        "temperature": temperature,
+        **_baselines(RunDir(locate(path)), scored, logits, base),
         "rows_cut": int(encoded.truncated.sum()),
         "rows_skipped": len(rows.rejects),
         "rows_per_s": len(encoded) / max(seconds, 1e-9),
@@ -77,12 +89,34 @@ def evaluate(
     }
 
 
-def write_predictions(path: Path, examples: Sequence[Example], logits: npt.NDArray[np.float32], labels: Labels) -> None:
-    """predictions.parquet: text, label, predicted_label, predicted_score, file, line and logits of each row."""
+def _baselines(run: RunDir, scored: Part, logits: npt.NDArray[np.float32], base: str | None) -> dict[str, Any]:
+    """The baselines of a run on other rows than its own; where its training rows are not at hand, why."""
+    found: dict[str, baselines.Baseline] = {}
+    missing, rows = "an adapter alone does not know the rows that it was trained on", 0
+    if run.recipe.is_file():
+        try:
+            layered = load_recipe(str(run.recipe))
+            ready = make_ready(resolve(layered.override({"base.model": base}, "--base") if base else layered))
+            epochs = len(json.loads(run.metrics.read_text("utf-8"))["evaluations"])
+            found = baselines.compute(ready.job, scored, ready.engine.vectors, ready.model, epochs)
+            missing, rows = "", len(ready.job.train.examples)
+        except (TrimtabError, OSError, ValueError, KeyError, TypeError) as error:
+            missing = f"the training rows cannot be read as they were: {error}"
+    told = {"baselines": baselines.against(logits, scored.encoded.labels, found, rows)}
+    return told | ({"baselines_missing": missing} if missing else {})
+
+
+def write_predictions(
+    path: Path, examples: Sequence[Example], logits: npt.NDArray[np.float32], labels: Labels, temperature: float = 1.0
+) -> None:
+    """predictions.parquet: text, label, predicted_label, predicted_score, file, line and logits of each row.
+
+    The score is a probability under the temperature; logits stand as the model gave them.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    probabilities = softmax(logits)
+    probabilities = softmax(logits / np.float32(temperature))
     table = pa.table(
         {
             "text": [example.text for example in examples],

@@ -24,6 +24,13 @@ class Forward(Protocol):
         """Logits float32[B, C] of rows, in their order; `dropout_seed` None: no dropout."""
 
 
+class Vectors(Protocol):
+    """The base's own sentence vectors, as if nothing had been trained."""
+
+    def __call__(self, encoded: Encoded, rows: npt.NDArray[np.int64], *, first_only: bool) -> torch.Tensor:
+        """float32[B, D]: the state of each row's first token after the last layer, or the mean over its tokens."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """What computes logits, and why it and not the other."""
@@ -34,6 +41,8 @@ class Engine:
     reason: str
     dtype: str = "float32"
     """Of states and frozen weights."""
+    vectors: Vectors | None = None
+    """None where the adapter was merged into the weights."""
 
     @property
     def line(self) -> str:
@@ -72,7 +81,8 @@ def choose(model: Any, pad_id: int, device: torch.device, settings: RuntimeSetti
                 raise NotSupported(f"the device is {device.type}")
             dtype = fast_dtype(settings)
             built = encoder.of_peft_model(model, dtype)
-            return Engine(fast(built), "fast", f"{model.config.model_type} on a CPU", str(dtype).removeprefix("torch."))
+            name = str(dtype).removeprefix("torch.")
+            return Engine(fast(built), "fast", f"{model.config.model_type} on a CPU", name, _fast_vectors(built))
         except NotSupported as found:
             reason = str(found)
             if settings.fast == "on":
@@ -89,7 +99,7 @@ def choose(model: Any, pad_id: int, device: torch.device, settings: RuntimeSetti
             where="runtime.dtype",
             mend="--set runtime.dtype=auto",
         )
-    return Engine(stock(model, pad_id), "stock", reason)
+    return Engine(stock(model, pad_id), "stock", reason, vectors=_stock_vectors(model, pad_id))
 
 
 def fast(classifier: Encoder) -> Forward:
@@ -122,3 +132,27 @@ def stock(model: Any, pad_id: int) -> Forward:
         return logits
 
     return forward
+
+
+def _fast_vectors(classifier: Encoder) -> Vectors:
+    def vectors(encoded: Encoded, rows: npt.NDArray[np.int64], *, first_only: bool) -> torch.Tensor:
+        batch = encoder.pack(encoded.ids, encoded.offsets, rows)
+        return encoder.vectors(classifier, batch, first_only=first_only)
+
+    return vectors
+
+
+def _stock_vectors(model: Any, pad_id: int) -> Vectors:
+    device = next(model.parameters()).device
+
+    def vectors(encoded: Encoded, rows: npt.NDArray[np.int64], *, first_only: bool) -> torch.Tensor:
+        model.eval()
+        batch = collate(encoded, rows, pad_id)
+        mask = torch.from_numpy(batch.attention_mask).to(device)
+        with model.disable_adapter():
+            inner = model.get_base_model().base_model  # transformers' name of the model below the head
+            states = inner(input_ids=torch.from_numpy(batch.input_ids).to(device), attention_mask=mask.long())
+        found: torch.Tensor = states.last_hidden_state.float()
+        return found[:, 0] if first_only else (found * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+    return vectors

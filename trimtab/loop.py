@@ -64,6 +64,8 @@ class Progress:
     """The recipe.toml that the run was started with."""
     train_seconds: float = 0.0
     """Of earlier processes and this one, up to the last checkpoint."""
+    core_seconds: float = 0.0
+    """Processor time of the same span, all threads together."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ class _Saver:
     """Checkpoints, by time and when told; a disk that takes none costs a warning, and the run goes on."""
 
     def __init__(self, loop: _Loop, progress: Progress) -> None:
-        self.loop, self.saved_step, self.earlier = loop, progress.step, progress.train_seconds
+        self.loop, self.saved_step, self.earlier = loop, progress.step, progress
         self.began = self.last = time.monotonic()
+        self.core_began = time.process_time()
 
     @property
     def is_due(self) -> bool:
@@ -119,7 +122,11 @@ class _Saver:
 
     def _write(self, progress: Progress, best: Mapping[str, torch.Tensor], *, evaluated: bool) -> Progress:
         loop, self.last = self.loop, time.monotonic()
-        progress = replace(progress, train_seconds=self.earlier + self.last - self.began)
+        progress = replace(
+            progress,
+            train_seconds=self.earlier.train_seconds + self.last - self.began,
+            core_seconds=self.earlier.core_seconds + time.process_time() - self.core_began,
+        )
         tensors = _state_tensors(loop.parameters, loop.optimizer)
         tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
         folder = loop.run.checkpoints

@@ -14,10 +14,13 @@ from trimtab.classification import Labels, compute_logits, softmax
 from trimtab.config import RuntimeSettings
 from trimtab.data import text_problem
 from trimtab.device import place
-from trimtab.errors import ArtefactError, DataError, some
+from trimtab.errors import ArtefactError, DataError, RecipeError, some
 from trimtab.forward import Engine
 from trimtab.hub import Base
 from trimtab.rundir import adapter_in
+
+UNSURE = "unsure"
+"""The label of an answer whose score is below what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Prediction:
 
     text: str
     label: str
-    """The label as it stands in the training file."""
+    """The label as it stands in the training file, or `unsure`."""
     score: float
     """Its probability."""
     scores: dict[str, float]
@@ -76,15 +79,30 @@ class Classifier:
             mend="copy the whole adapter folder again; if training wrote it so, please report it",
         )
 
-    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+    def predict(self, texts: Sequence[str], *, min_score: float = 0.0, raw_scores: bool = False) -> list[Prediction]:
         """Answers texts, one prediction each, in their order.
+
+        Args:
+            texts: A list of strings.
+            min_score: An answer with a lower score gets the label `unsure`.
+            raw_scores: Scores as the model gives them, without the adapter's temperature.
 
         Raises:
             TypeError: `texts` is a single string, or holds something else than strings.
+            RecipeError: `min_score` is no probability, or a label of the adapter's own is `unsure`.
             DataError: a text holds half a character: a surrogate without its other half.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError("predict takes a list of strings: classifier.predict(['a text', 'another'])")
+        if not 0 <= min_score <= 1 or (min_score and UNSURE in self.labels.values):
+            raise RecipeError(
+                "predict.min_score",
+                f'"{UNSURE}" is a label of this adapter, so nothing else can be called so.'
+                if 0 <= min_score <= 1
+                else f"A score is a probability from 0 to 1, not {min_score:g}.",
+                where="--min-score",
+                mend="leave it out, and read the scores" if 0 <= min_score <= 1 else "--min-score 0.8",
+            )
         if halves := [i for i, text in enumerate(texts) if text_problem(text) == "half a character"]:
             raise DataError(
                 "data.half_character",
@@ -93,20 +111,25 @@ class Classifier:
                 mend="write these texts again",
             )
         encoded = self.encode(texts)
-        return decode(texts, self.logits(encoded), encoded.truncated, self.labels)
+        logits = self.logits(encoded) / np.float32(1.0 if raw_scores else self.adapter.temperature)
+        return decode(texts, logits, encoded.truncated, self.labels, min_score)
 
 
 def decode(
-    texts: Sequence[str], logits: npt.NDArray[np.float32], truncated: npt.NDArray[np.bool_], labels: Labels
+    texts: Sequence[str],
+    logits: npt.NDArray[np.float32],
+    truncated: npt.NDArray[np.bool_],
+    labels: Labels,
+    min_score: float = 0.0,
 ) -> list[Prediction]:
-    """Logits float32[n, C] -> predictions: softmax, the first of the most probable labels."""
+    """Logits float32[n, C] -> predictions: softmax, the first of the most probable labels or `unsure`."""
     if not len(texts):
         return []
     probabilities = softmax(logits)
     return [
         Prediction(
             text,
-            labels.values[int(row.argmax())],
+            labels.values[int(row.argmax())] if row.max() >= min_score else UNSURE,
             float(row.max()),
             {label: float(p) for label, p in zip(labels.values, row, strict=True)},
             bool(cut),

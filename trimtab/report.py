@@ -20,13 +20,19 @@ def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
     ]
 
 
+BASELINES = {"tfidf": "counting words (TF-IDF)", "probe": "the untrained base (probe)"}
+"""What stands in metrics.json beside the commonest label, in words."""
+
+
 def score_line(scores: Mapping[str, Any]) -> str:
-    """Accuracy with its interval, its baseline, and what it was measured on; beside it that of the clean rows."""
+    """Accuracy with its interval, its baselines, and what it was measured on; beside it that of the clean rows."""
     low, high = scores["accuracy_ci95"]
     clean = scores.get("clean")
+    beside = {name: one["accuracy"] for name, one in scores.get("baselines", {}).items() if name in BASELINES}
     return (
         f"accuracy {scores['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}, {scores['eval_rows']:,} rows), "
         f"macro F1 {scores['macro_f1']:.3f}; always answering the commonest label: {scores['majority_accuracy']:.3f}"
+        + "".join(f", {BASELINES[name]}: {accuracy:.3f}" for name, accuracy in beside.items())
         + (
             f"; on the {clean['eval_rows']:,} rows that are in no training file: {clean['accuracy']:.3f}"
             if clean
@@ -35,13 +41,50 @@ def score_line(scores: Mapping[str, Any]) -> str:
     )
 
 
+def verdict_lines(scores: Mapping[str, Any]) -> list[str]:
+    """Whether the adapter beats its baselines: the paired differences; a warning for each that it does not beat."""
+    better, lines = [], []
+    for name, one in scores.get("baselines", {}).items():
+        if name not in BASELINES:
+            continue
+        low, high = one["difference_ci95"]
+        size = f"{one['difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}, same rows)"
+        if one["verdict"] == "better":
+            better.append(f"{BASELINES[name]} by {size}")
+        else:
+            worse = "is worse than" if one["verdict"] == "worse" else "is not seen to beat"
+            lines.append(f"! this adapter {worse} {BASELINES[name]}: {size}")
+        if one["rows"] < one["of_rows"]:
+            lines.append(f"{BASELINES[name]} learned from {one['rows']:,} of {one['of_rows']:,} rows, to save time")
+    if missing := scores.get("baselines_missing"):
+        lines.append(f"no other baseline: {missing}")
+    return ([f"better than {' and '.join(better)}"] if better else []) + lines
+
+
+def calibration_lines(scores: Mapping[str, Any]) -> list[str]:
+    """What the temperature does to scores, on rows that it was not fitted on."""
+    if not (found := scores.get("calibration")):
+        return []
+    if found["temperature"] == 1.0:
+        return [f"scores are the model's own: {found['fitted_rows']} rows are too few to fit a temperature"]
+    where = "the test rows" if found["reported_on"] == "test" else "halves of the evaluation rows, each by the other's"
+    return [
+        f"scores at temperature {found['temperature']:.2f}: calibration error {found['ece_before']:.3f} -> "
+        f"{found['ece_after']:.3f}, loss {found['loss_before']:.3f} -> {found['loss_after']:.3f} ({where})"
+    ]
+
+
 def score_lines(scores: Mapping[str, Any]) -> list[str]:
     """The scores of an evaluation for people, class by class."""
     width = max(cell_len(label) for label in scores["per_class"])
-    lines = [score_line(scores), f"{'':<{width}}  precision  recall     f1      rows"]
+    lines = [score_line(scores), *verdict_lines(scores), f"{'':<{width}}  precision  recall     f1      rows"]
     for label, one in scores["per_class"].items():
         shown = label + " " * (width - cell_len(label))
         lines.append(f"{shown}  {one['precision']:9.3f}  {one['recall']:6.3f}  {one['f1']:5.3f}  {one['rows']:8,}")
+    lines.append(
+        f"scores: calibration error {scores['ece']:.3f}, loss {scores['loss']:.3f} "
+        f"(temperature {scores.get('temperature', 1.0):.2f})"
+    )
     if scores.get("rows_cut"):
         lines.append(f"{scores['rows_cut']:,} texts were cut: the model did not see their end")
     if scores.get("rows_skipped"):

@@ -22,18 +22,33 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trimtab import adapter, batching, checkpoint, config, durable, estimate, evaluation, interrupts, report, rundir
+from trimtab import (
+    adapter,
+    baselines,
+    batching,
+    calibration,
+    checkpoint,
+    config,
+    durable,
+    estimate,
+    evaluation,
+    interrupts,
+    report,
+    rundir,
+    search,
+)
+from trimtab.build import Ready, make_ready
 from trimtab.classification import compute_logits, metrics
 from trimtab.config import MINILM, Layered
 from trimtab.data import Reject
-from trimtab.errors import ArtefactError, DataError, ResourceError, TrimtabError
+from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError, TrimtabError
 from trimtab.estimate import Estimate
 from trimtab.evaluation import write_predictions
-from trimtab.forward import Engine, Forward, choose
+from trimtab.forward import Engine, Forward
 from trimtab.hub import find_base
 from trimtab.loop import Observer, run_loop
-from trimtab.machine import give_back_freed_memory, peak_rss_bytes
-from trimtab.model import count, head_modules, inject, load_base, load_config, resolve_targets, trainable
+from trimtab.machine import peak_rss_bytes
+from trimtab.model import count, head_modules, load_base, load_config, resolve_targets, trainable
 from trimtab.resolve import Job, Part, resolve
 from trimtab.rundir import RunDir
 
@@ -55,19 +70,6 @@ class Run:
     def adapter(self) -> Path:
         """The adapter folder, for `trimtab.load` or `peft.PeftModel.from_pretrained`."""
         return self.path / "adapter"
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A run before its first step: the job, the model that it will train, and what computes it."""
-
-    job: Job
-    model: Any
-    head: list[str]
-    """The modules that are trained in full."""
-    parameters: dict[str, Any]
-    """The parameter report."""
-    engine: Engine
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,14 @@ def _heard(observe: Observer) -> Observer:
 
 def _train(layered: Layered, out: str | None, budget: str, observe: Observer) -> Run:
     started = time.monotonic()
+    if budget and layered.recipe.train.learning_rate == "search":
+        raise RecipeError(
+            "train.learning_rate",
+            "A search for the learning rate takes time of its own, which no budget knows.",
+            where="train.learning_rate",
+            mend="--set train.learning_rate=auto; or leave --budget out",
+        )
+    layered = search.find_rate(layered, lambda line: observe({"event": "search", "text": line}))
     planned = plan(layered, budget)
     job = planned.ready.job
     estimate.check_memory(job, planned.speed, planned.estimate)
@@ -256,20 +266,6 @@ def plan(layered: Layered, budget: str = "") -> Planned:
     return Planned(ready, speed, found)
 
 
-def make_ready(job: Job) -> Ready:
-    """Builds the model of a job and chooses its forward; a function of the job and its seed."""
-    recipe = job.recipe
-    give_back_freed_memory()  # the files have been read, the model has not been built
-    torch.manual_seed(recipe.train.seed)
-    loaded = load_base(job.base.folder, job.model_config)
-    head = head_modules(loaded.model, loaded.new_parameters, recipe.lora.also_saved)
-    targets = recipe.lora.target_modules
-    parameters = count(loaded.model, recipe.lora, targets, head).as_dict()
-    model = inject(loaded.model, recipe.lora, targets, head, job.base.recorded_as).to(job.placement.device)
-    engine = choose(model, job.tokenizer.pad_id, job.placement.device, recipe.runtime)
-    return Ready(job, model, head, parameters, engine)
-
-
 def _chosen_by_budget(job: Job) -> dict[str, Any]:
     """What `--budget` has settled, by key."""
     tables = job.recipe.model_dump(mode="json")
@@ -367,12 +363,19 @@ def _run(
     progress, best = run_loop(run, job, model, engine.forward, tell, observe)
     _restore(model, best)
     scored, logits, scores = _score(job, engine.forward, best["eval_logits"].numpy())
+    temperature = scores["calibration"]["temperature"]
+    compared = time.monotonic()
+    simpler = {}
+    if job.recipe.train.baselines:
+        simpler = baselines.compute(job, scored, engine.vectors, model, len(progress.evaluations))
+    scores["baselines"] = baselines.against(logits, scored.encoded.labels, simpler, len(job.train.examples))
+    baseline_seconds = time.monotonic() - compared
     chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
     card = report.model_card(job, scores, int(chosen["epoch"]), ready.parameters)
     if run.metrics.exists():  # of a run that lost a file since: from here on it is not finished
         run.metrics.unlink()
         durable.sync_folder(run.path)
-    write_predictions(run.predictions, scored.examples, logits, job.labels)
+    write_predictions(run.predictions, scored.examples, logits, job.labels, temperature)
     shutil.rmtree(run.adapter, ignore_errors=True)  # of an earlier process that was stopped, or damaged since
     adapter.write(
         run.adapter,
@@ -385,6 +388,7 @@ def _run(
         head=ready.head,
         card=card,
         computed_in=engine.dtype,
+        temperature=temperature,
     )
     verification = _verify_in_fresh_process(run)
     # The fast forward computes no padding.
@@ -401,8 +405,10 @@ def _run(
         "padding_pct": padding,
         "load_seconds": load_seconds,
         "train_seconds": progress.train_seconds,
+        "core_seconds": progress.core_seconds,
         "estimated_train_seconds": found.train_seconds if found else None,
         "estimated_peak_bytes": found.peak_bytes if found else None,
+        "baseline_seconds": baseline_seconds,
         "verify_seconds": verification["seconds"],
         "total_seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -435,11 +441,14 @@ def _score(
     job: Job, forward: Forward, eval_logits: npt.NDArray[np.float32]
 ) -> tuple[Part, npt.NDArray[np.float32], dict[str, Any]]:
     """The headline: the test rows where there are any, else the evaluation rows that also chose the epoch."""
-    eval_scores = metrics(eval_logits, job.eval.encoded.labels, job.labels.values)
+    eval_labels = job.eval.encoded.labels
+    eval_scores = metrics(eval_logits, eval_labels, job.labels.values)
     if job.test is None:
+        eval_scores |= {"calibration": calibration.judge(eval_logits, eval_labels, None)}
         return job.eval, eval_logits, eval_scores | {"chosen_on_these_rows": True, **_clean(job, job.eval, eval_logits)}
     logits = compute_logits(forward, job.test.encoded)
     scores = metrics(logits, job.test.encoded.labels, job.labels.values) | {"chosen_on_these_rows": False}
+    scores |= {"calibration": calibration.judge(eval_logits, eval_labels, (logits, job.test.encoded.labels))}
     scores |= _clean(job, job.test, logits)
     return (
         job.test,

@@ -209,6 +209,23 @@ def logits(encoder: Encoder, batch: Packed, noise: Noise | None = None) -> Tenso
     return _head(encoder.head, first.float(), training=noise is not None)
 
 
+def vectors(encoder: Encoder, batch: Packed, *, first_only: bool) -> Tensor:
+    """What the base alone makes of each row: float32[B, D], in the order in which rows were asked for.
+
+    Args:
+        encoder: The classifier; its LoRA is left out.
+        batch: Its tokens.
+        first_only: The state of the first token; else the mean over the tokens.
+    """
+    bare = replace(encoder, layers=tuple(layer.without_lora() for layer in encoder.layers))
+    with encoder.workspace.lock:
+        x, _ = _forward(bare, batch, None, keeps=False, first_only=first_only)
+        if not first_only:
+            spans = [x[g.token : g.token + g.rows * g.length].view(g.rows, g.length, -1) for g in batch.groups]
+            x = torch.cat([span.float().mean(1) for span in spans])
+        return x[batch.order].float()
+
+
 class _Encoder(torch.autograd.Function):
     """The states of the first tokens, in the order in which rows were asked for, as a function of every LoRA matrix."""
 
@@ -241,14 +258,17 @@ class _Encoder(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-def _forward(encoder: Encoder, batch: Packed, noise: Noise | None, *, keeps: bool) -> tuple[Tensor, list[Saved]]:
-    """The states of the first tokens, sorted by length: [B, D], and what the backward needs."""
+def _forward(
+    encoder: Encoder, batch: Packed, noise: Noise | None, *, keeps: bool, first_only: bool = True
+) -> tuple[Tensor, list[Saved]]:
+    """The states of the first tokens, sorted by length: [B, D], or of all: [N, D]; and what the backward needs."""
     encoder.workspace.batches += 1
     x = _embed(encoder.embeddings, batch, noise, encoder.workspace)
     saved = []
     for number, layer in enumerate(encoder.layers):
         scope = Scope(number, batch.groups, encoder.workspace, noise, keeps, x.dtype)
-        x, kept = forward(layer, x, scope, batch.first if number == len(encoder.layers) - 1 else None)
+        is_last = number == len(encoder.layers) - 1
+        x, kept = forward(layer, x, scope, batch.first if is_last and first_only else None)
         saved.append(kept)
     return x, saved
 

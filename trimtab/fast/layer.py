@@ -79,6 +79,11 @@ class Layer:
         """The six products, in the order of their dropout sites and of their gradients."""
         return self.query, self.key, self.value, self.attention_output, self.up, self.down
 
+    def without_lora(self) -> "Layer":
+        """The frozen weights alone."""
+        names = ("query", "key", "value", "attention_output", "up", "down")
+        return replace(self, **{name: replace(getattr(self, name), lora=None) for name in names})
+
     def trained(self) -> list[Tensor]:
         """Every LoRA matrix of the layer, a before b."""
         return [matrix for item in self.linears if item.lora for matrix in (item.lora.a, item.lora.b)]

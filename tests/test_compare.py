@@ -1,0 +1,242 @@
+"""Finished runs, and methods over seeds, against each other."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import reviews, write_csv
+from test_training import small
+from typer.testing import CliRunner
+
+from trimtab import comparison, rivals, training, trials
+from trimtab.cli import app
+from trimtab.errors import ArtefactError, RecipeError, ResourceError
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, bert: Path, quick_module: None) -> list[Path]:
+    """A run of one brief epoch and one that has learned, judged on the same rows."""
+    folder = tmp_path_factory.mktemp("runs")
+    train, evaluation = write_csv(folder / "t.csv", reviews(96)), write_csv(folder / "e.csv", reviews(60))
+    return [
+        training.train(
+            small(train, bert, data__eval=(str(evaluation),), train__num_epochs=epochs, train__learning_rate=rate),
+            out=str(folder / name),
+        ).path
+        for name, epochs, rate in (("brief", 1, 1e-5), ("learned", 6, 1e-2))
+    ]
+
+
+def test_two_runs(runs: list[Path]) -> None:
+    found = comparison.compare(runs)
+    brief, learned = (json.loads((run / "metrics.json").read_text("utf-8")) for run in runs)
+    (against,) = found["against"]
+    assert against["difference"] == pytest.approx(learned["accuracy"] - brief["accuracy"])
+    assert against["verdict"] == "better"
+    assert against["mcnemar_p"] < 0.01
+    rows = [pq.read_table(run / "predictions.parquet").to_pylist() for run in runs]
+    changed = [(a, b) for a, b in zip(*rows, strict=True) if a["predicted_label"] != b["predicted_label"]]
+    assert len(against["changed"]) == len(changed)
+    assert {row["text"] for row in against["changed"]} == {a["text"] for a, _ in changed}
+    mended = sum(b["predicted_label"] == b["label"] for _, b in changed)
+    assert all(row["after"] == row["label"] for row in against["changed"][:mended])
+    for label, by in against["per_class"].items():
+        assert by["recall"] == pytest.approx(
+            learned["per_class"][label]["recall"] - brief["per_class"][label]["recall"]
+        )
+
+
+def test_the_command_prints_it_and_json_has_every_changed_row(runs: list[Path]) -> None:
+    names = [str(run) for run in runs]
+    printed = CliRunner().invoke(app, ["compare", *names]).output
+    assert "better" in printed
+    assert "McNemar p" in printed
+    assert "60 rows that all of them answered" in printed
+    found = json.loads(CliRunner().invoke(app, ["compare", *names, "--json", "--metric", "macro_f1"]).output)
+    assert found["metric"] == "macro_f1"
+    assert found["against"][0]["difference"] == pytest.approx(
+        found["runs"][1]["macro_f1"] - found["runs"][0]["macro_f1"]
+    )
+
+
+def test_what_cannot_be_compared_is_refused(runs: list[Path], tmp_path: Path, bert: Path) -> None:
+    with pytest.raises(RecipeError, match='Did you mean "accuracy"'):
+        comparison.compare(runs, "acuracy")
+    with pytest.raises(RecipeError, match="One run alone"):
+        comparison.compare(runs[:1])
+    bare = Path(shutil.copytree(runs[0], tmp_path / "bare"))
+    (bare / "predictions.parquet").unlink()
+    with pytest.raises(ArtefactError, match=r"no predictions\.parquet"):
+        comparison.compare([runs[0], bare])
+    other = training.train(
+        small(runs[0].parent / "t.csv", bert, data__eval=(str(write_csv(tmp_path / "o.csv", reviews(61))),)),
+        out=str(tmp_path / "other"),
+    ).path
+    with pytest.raises(ArtefactError, match=r"60 rows and .*61"):
+        comparison.compare([runs[0], other])
+    named = [(text, {"pos": "yes", "neg": "no"}[label]) for text, label in reviews(60)]
+    relabelled = training.train(small(write_csv(tmp_path / "n.csv", named), bert), out=str(tmp_path / "named")).path
+    with pytest.raises(ArtefactError, match="known to one alone"):
+        comparison.compare([runs[0], relabelled])
+
+
+def test_damaged_answers_are_an_error_of_ours(runs: list[Path], tmp_path: Path) -> None:
+    torn = Path(shutil.copytree(runs[0], tmp_path / "torn"))
+    file = torn / "predictions.parquet"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ArtefactError, match="cannot be read"):
+        comparison.compare([runs[0], torn])
+
+
+# -- methods over seeds -----------------------------------------------------------------------------------------
+
+METHODS = ("lora", "head", "full")
+
+
+def in_this_process(command: Sequence[str], log: Path) -> int:
+    """A trial without the seconds that a process of its own takes; the long tier starts real ones."""
+    if "trimtab.rivals" in command:
+        rivals.run(Path(command[-1]))
+        return 0
+    result = CliRunner().invoke(app, list(command[4:]), catch_exceptions=False)
+    log.write_text(result.output, "utf-8")
+    return result.exit_code
+
+
+@pytest.fixture(scope="module")
+def compared(
+    tmp_path_factory: pytest.TempPathFactory, bert: Path, quick_module: None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """lora, head and full over two seeds and two rates; twice, the second time without a training."""
+    folder = tmp_path_factory.mktemp("methods")
+    layered = small(write_csv(folder / "rows.csv", reviews(120)), bert)
+    plan = trials.Plan(METHODS, seeds=2, rates=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "_in_a_process", in_this_process)
+        found = trials.run(layered, plan, out=str(folder / "out"), tell=print)
+        patch.setattr(trials, "_in_a_process", lambda command, log: pytest.fail(f"trained again: {command}"))
+        assert trials.run(layered, plan, out=str(folder / "out"), tell=print) == found
+        yield folder / "out", found
+
+
+@pytest.mark.long
+def test_a_comparison_that_is_killed_repeats_nothing_that_finished(tmp_path: Path, bert: Path) -> None:
+    folder = tmp_path
+    file = write_csv(folder / "rows.csv", reviews(120))
+    command = [sys.executable, "-m", "trimtab", "compare", str(file), "--methods", ",".join(METHODS)]
+    command += ["--base", str(bert), "--seeds", "2", "--rates", "2", "--set", "train.num_epochs=2", "--json"]
+    command += ["--out", str(folder / "out")]
+    begun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    while not list((folder / "out").glob("trials/*/*/seed-*/metrics.json")) and begun.poll() is None:
+        time.sleep(0.05)
+    begun.kill()
+    begun.communicate()
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("trials/*/*/seed-*/metrics.json")}
+    assert before
+    time.sleep(1.0)  # a trial of the killed process may still be writing its run
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    for _ in range(20):
+        if ended.returncode == 0 or "is writing this run" not in ended.stderr:
+            break
+        time.sleep(1.0)
+        ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    found = json.loads(ended.stdout)
+    assert [one["method"] for one in found["methods"]] == list(METHODS)
+    assert all(one["peak_rss_bytes"] > 1e8 for one in found["methods"])
+
+
+def test_methods_are_trained_at_equal_tuning_and_compared(compared: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = compared
+    assert [one["method"] for one in found["methods"]] == list(METHODS)
+    for one in found["methods"]:
+        tried = {path.parent.name for path in folder.glob(f"trials/{one['method']}/*/seed-42")}
+        assert len(tried) == 2
+        assert len(one["accuracies"]) == 2
+        assert one["ci95"][0] <= one["accuracy"] <= one["ci95"][1]
+        assert min(one[key] for key in ("trainable_parameters", "adapter_bytes", "core_seconds", "peak_rss_bytes")) > 0
+    lora, head, full = found["methods"]
+    assert full["trainable_parameters"] > lora["trainable_parameters"] > head["trainable_parameters"]
+    assert {"difference", "verdict"} <= set(full)
+    assert "| full |" in (folder / "comparison.md").read_text("utf-8")
+
+
+def test_the_rate_is_chosen_by_the_evaluation_rows(compared: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = compared
+    for one in found["methods"]:
+        tried = {
+            path.parent.parent.name: json.loads(path.read_text("utf-8"))
+            for path in folder.glob(f"trials/{one['method']}/*/seed-42/metrics.json")
+        }
+        best = max(tried, key=lambda rate: (tried[rate]["chosen_on_accuracy"], -tried[rate]["chosen_on_loss"]))
+        assert f"{one['rate']:.2g}" == best
+
+
+def test_the_rows_that_decide_were_not_trained_on(compared: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = compared
+    train, test = (pq.read_table(folder / "data" / f"{role}.parquet").to_pylist() for role in ("train", "test"))
+    assert found["test_rows"] == len(test)
+    assert not {row["text"] for row in train} & {row["text"] for row in test}
+    assert 0.1 < len(test) / (len(train) + len(test)) < 0.3
+
+
+def test_full_fine_tuning_moves_the_base_and_the_probe_does_not_need_to(compared: tuple[Path, dict[str, Any]]) -> None:
+    _, found = compared
+    _, head, full = found["methods"]
+    assert full["accuracy"] > 0.5
+    assert head["accuracies"][0] == head["accuracies"][1]  # the probe has no seed
+
+
+def test_another_comparison_is_not_mixed_into_a_folder(
+    compared: tuple[Path, dict[str, Any]], tmp_path: Path, bert: Path
+) -> None:
+    from trimtab import config
+
+    folder, _ = compared
+    layered = config.assemble(
+        "default", {"data.train": (str(write_csv(tmp_path / "x.csv", reviews(80))),), "base.model": str(bert)}
+    )
+    before = sorted(os.listdir(folder))
+    with pytest.raises(RecipeError, match="another recipe or other rows"):
+        trials.run(layered, trials.Plan(("lora", "full")), out=str(folder), tell=print)
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_wrong_plans_are_refused_before_anything_is_written(
+    csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layered = small(csv_file, bert)
+    for methods, said in ((("lora", "loar"), 'no method "loar"'), (("lora",), "One method alone")):
+        with pytest.raises(RecipeError, match=said):
+            trials.run(layered, trials.Plan(methods), out=str(tmp_path / "o"), tell=print)
+    assert not (tmp_path / "o").exists()
+    monkeypatch.setattr(trials, "available_memory", lambda: 1)
+    with pytest.raises(ResourceError, match="Full fine-tuning"):
+        trials.run(layered, trials.Plan(("lora", "full")), out=str(tmp_path / "o"), tell=print)
+    assert not (tmp_path / "o" / "trials").exists()
+
+
+def test_seeds_and_rows_are_both_drawn() -> None:
+    from trimtab.paired import mean_over_seeds, verdict_within
+
+    rng = np.random.default_rng(0)
+    seeds = np.repeat(rng.random((5, 1)) * 0.4 + 0.4, 2_000, axis=1)  # seeds differ much, rows hardly
+    mean, (low, high) = mean_over_seeds((rng.random((5, 2_000)) < seeds).astype(float))
+    assert low < mean < high
+    assert high - low > 4 * 1.96 * np.sqrt(0.25 / 10_000)  # rows alone would give less than that
+    assert verdict_within((-0.004, 0.006), 0.01) == "same within the margin"
+    assert verdict_within((-0.02, 0.006), 0.01) == "not resolved"
+    assert verdict_within((0.001, 0.02), 0.01) == "better"
+    assert verdict_within((-0.02, -0.001), 0.01) == "worse"

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+from scipy.stats import bootstrap
+from sklearn.metrics import f1_score
+
+from trimtab.paired import paired, paired_macro_f1
+
+
+def answers(right: str) -> np.ndarray:
+    return np.array([letter == "x" for letter in right])
+
+
+def test_rows_that_one_alone_gets_right_are_counted_on_the_right_side() -> None:
+    found = paired(answers("xxx.x."), answers("x..xx."))
+    assert (found.only_first, found.only_second) == (2, 1)
+    assert found.difference == pytest.approx(1 / 6)
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_rows() -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.random(400) < 0.85, rng.random(400) < 0.80
+    found = paired(first, second)
+    difference = first.astype(float) - second
+    theirs = bootstrap((difference,), np.mean, n_resamples=10_000, method="percentile", rng=2).confidence_interval
+    assert found.ci95 == pytest.approx((theirs.low, theirs.high), abs=0.005)
+
+
+def test_mcnemar_is_exact() -> None:
+    first = answers("x" * 9 + "." + "x" * 20)
+    second = answers("." * 9 + "x" + "x" * 20)
+    # 9 against 1: 2 (C(10,0) + C(10,1)) / 2^10, by hand.
+    assert paired(first, second).mcnemar_p == pytest.approx(22 / 1024)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        ("x" * 50, "x" * 30 + "." * 20, "better"),
+        ("x" * 30 + "." * 20, "x" * 50, "worse"),
+        ("x" * 49 + ".", "." + "x" * 49, "not resolved"),
+        ("x" * 50, "x" * 50, "not resolved"),
+    ],
+)
+def test_verdicts_need_an_interval_beside_zero(first: str, second: str, verdict: str) -> None:
+    assert paired(answers(first), answers(second)).verdict == verdict
+
+
+def test_the_same_answers_get_the_same_interval() -> None:
+    first, second = answers("x.x" * 30), answers("xx." * 30)
+    assert paired(first, second) == paired(first, second)
+
+
+def test_macro_f1_and_its_interval_are_those_of_drawn_rows() -> None:
+    rng = np.random.default_rng(3)
+    labels = rng.choice(4, 300, p=[0.6, 0.2, 0.15, 0.05])
+    first, second = (np.where(rng.random(300) < right, labels, rng.choice(4, 300)) for right in (0.8, 0.6))
+    found = paired_macro_f1(first, second, labels, 5)
+
+    def difference(rows: np.ndarray) -> float:
+        scores = [f1_score(labels[rows], a[rows], labels=range(4), average="macro") for a in (first, second)]
+        return float(scores[0] - scores[1])
+
+    assert found.difference == pytest.approx(difference(np.arange(300)))
+    drawn = [difference(rng.integers(300, size=300)) for _ in range(300)]
+    assert found.ci95 == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.02)
+    assert found.only_first == int(((first == labels) & (second != labels)).sum())

@@ -1,0 +1,79 @@
+"""`trimtab tune`: what it tries, keeps and goes on with."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import reviews, write_csv
+from test_compare import in_this_process
+from test_training import small
+
+from trimtab import config, trials, tuning
+from trimtab.errors import MissingExtraError, RecipeError
+
+pytestmark = pytest.mark.usefixtures("quick")
+optuna = pytest.importorskip("optuna")
+
+
+@pytest.fixture(scope="module")
+def searched(
+    tmp_path_factory: pytest.TempPathFactory, bert: Path, quick_module: None
+) -> tuple[Path, config.Layered, dict[str, Any], list[str]]:
+    """Two recipes tried, a third begun and stopped, four asked for."""
+    folder = tmp_path_factory.mktemp("tune")
+    file = write_csv(folder / "rows.csv", reviews(120))
+    layered = small(file, bert, data__test=(str(write_csv(folder / "test.csv", reviews(20))),))
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "_in_a_process", in_this_process)
+        patch.setattr(tuning, "_EPOCHS", (1, 3))
+        tuning.tune(layered, 2, out=str(folder / "out"), tell=told.append)
+        study = optuna.load_study(study_name="trimtab", storage=f"sqlite:///{folder / 'out' / 'study.db'}")
+        tuning._suggest(study.ask(), 5e-3)
+        found = tuning.tune(layered, 4, out=str(folder / "out"), tell=told.append)
+    return folder / "out", layered, found, told
+
+
+def test_it_goes_on_where_it_was_stopped(searched: tuple[Path, config.Layered, dict[str, Any], list[str]]) -> None:
+    folder, _, found, told = searched
+    assert [line.split()[1] for line in told if line.startswith("trial")] == ["1/2", "2/2", "3/4", "4/4"]
+    study = optuna.load_study(study_name="trimtab", storage=f"sqlite:///{folder / 'study.db'}")
+    states = [trial.state.name for trial in study.trials]
+    assert states.count("COMPLETE") == 4
+    assert states.count("FAIL") == 1  # the one that was stopped; its values were tried again
+    stopped = next(trial for trial in study.trials if trial.state.name == "FAIL")
+    assert any(t.params == stopped.params for t in study.trials if t.state.name == "COMPLETE")
+    best = min if found["metric"] == "loss" else max
+    assert found["best"] == best(trial.value for trial in study.trials if trial.value is not None)
+
+
+def test_the_best_recipe_is_that_of_the_best_trial(
+    searched: tuple[Path, config.Layered, dict[str, Any], list[str]],
+) -> None:
+    folder, layered, found, _ = searched
+    recipe = config.load_recipe(found["recipe"]).recipe
+    run = folder / "trials" / tuning._name(found["values"])
+    assert json.loads((run / "metrics.json").read_text("utf-8"))[found["metric"]] == found["best"]
+    tried = config.load_recipe(str(run)).recipe
+    assert recipe.lora == tried.lora
+    assert recipe.train.learning_rate == tried.train.learning_rate
+    assert recipe.lora.lora_alpha == 2 * recipe.lora.r
+    # The test rows belong to the recipe, and no trial saw them.
+    assert [Path(file).name for file in recipe.data.test] == [Path(file).name for file in layered.recipe.data.test]
+    assert tried.data.test == ()
+
+
+def test_a_folder_of_another_search_is_refused(
+    searched: tuple[Path, config.Layered, dict[str, Any], list[str]], csv_file: Path, bert: Path
+) -> None:
+    folder, *_ = searched
+    with pytest.raises(RecipeError, match="another search"):
+        tuning.tune(small(csv_file, bert), 1, out=str(folder), tell=print)
+
+
+def test_without_optuna_the_extra_is_named(csv_file: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(MissingExtraError, match=r"trimtab\[tune\]"):
+        tuning.tune(small(csv_file, bert), 1, tell=print)

@@ -1,0 +1,107 @@
+"""Two sets of answers to the same rows: paired differences, with intervals and a verdict by rules fixed beforehand."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+DRAWS = 10_000
+_CHUNK = 500  # draws at a time
+_SEED = 0  # of the draws: the same answers get the same interval
+
+
+class Difference(NamedTuple):
+    """A score of one set of answers minus that of another, over the same rows."""
+
+    difference: float
+    ci95: tuple[float, float]
+    """By bootstrap over the rows."""
+    only_first: int
+    """Rows that the first alone answers rightly."""
+    only_second: int
+    mcnemar_p: float
+    """Exact, two-sided: how likely so uneven a split of the rows that one alone gets right would be by chance."""
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `not resolved` where the interval holds zero."""
+        return "better" if self.ci95[0] > 0 else "worse" if self.ci95[1] < 0 else "not resolved"
+
+
+def paired(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> Difference:
+    """Compares which rows two sets of answers get right, bool[n] each (McNemar 1947; Efron 1979).
+
+    Drawing rows with replacement is drawing how many of them only the first, only the second, and both or neither get
+    right: a multinomial draw, exact and quick for any n.
+    """
+    from scipy.stats import binomtest
+
+    rows = len(first)
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    shares = np.array([only_first, only_second, rows - only_first - only_second]) / rows
+    drawn = np.random.default_rng(_SEED).multinomial(rows, shares, DRAWS)
+    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / rows, (0.025, 0.975))
+    uneven = only_first + only_second
+    p = float(binomtest(only_first, uneven).pvalue) if uneven else 1.0
+    return Difference((only_first - only_second) / rows, (float(low), float(high)), only_first, only_second, p)
+
+
+def paired_macro_f1(
+    first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], classes: int
+) -> Difference:
+    """As `paired`, for macro F1: answers int64[n] of both, labels int64[n].
+
+    Rows with the same label and the same two answers are one cell, so that a draw is a multinomial one over cells.
+    Classes that neither occur nor are answered do not count.
+    """
+    cells, counts = np.unique(np.stack([labels, first, second], axis=1), axis=0, return_counts=True)
+    occurs = np.isin(np.arange(classes), cells)
+
+    def scores(drawn: npt.NDArray[np.int64], answers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Macro F1 float64[d] of draws int64[d, cells]."""
+        truth, told = (np.eye(classes)[column] for column in (cells[:, 0], answers))
+        right = drawn @ (truth * told)
+        whole = drawn @ truth + drawn @ told
+        f1 = np.divide(2 * right, whole, out=np.zeros_like(right), where=whole > 0)
+        return np.asarray(f1[:, occurs].mean(axis=1))
+
+    rng = np.random.default_rng(_SEED)
+    found = np.concatenate(
+        [
+            scores(drawn, cells[:, 1]) - scores(drawn, cells[:, 2])
+            for drawn in (rng.multinomial(len(labels), counts / len(labels), _CHUNK) for _ in range(0, DRAWS, _CHUNK))
+        ]
+    )
+    low, high = np.quantile(found, (0.025, 0.975))
+    difference = float((scores(counts[None], cells[:, 1]) - scores(counts[None], cells[:, 2]))[0])
+    return paired(first == labels, second == labels)._replace(difference=difference, ci95=(float(low), float(high)))
+
+
+def paired_over_seeds(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tuple[float, tuple[float, float]]:
+    """Difference of mean accuracies and its 95 % interval: right answers bool[seeds, n] of two methods, same rows.
+
+    Seeds and rows are both drawn with replacement: another set of seeds and another set of rows would do as well.
+    """
+    return mean_over_seeds(first.astype(np.float64) - second)
+
+
+def mean_over_seeds(values: npt.NDArray[np.float64]) -> tuple[float, tuple[float, float]]:
+    """The mean of float64[seeds, n] and its 95 % interval by bootstrap over seeds and rows."""
+    seeds, rows = values.shape
+    rng = np.random.default_rng(_SEED)
+    found = []
+    for _ in range(0, DRAWS, _CHUNK):
+        drawn_rows = rng.multinomial(rows, np.full(rows, 1 / rows), _CHUNK) / rows
+        drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), _CHUNK) / seeds
+        found.append(((drawn_rows @ values.T) * drawn_seeds).sum(axis=1))
+    low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
+    return float(values.mean()), (float(low), float(high))
+
+
+def verdict_within(ci95: tuple[float, float], margin: float) -> str:
+    """`better` or `worse` beside zero, `same within the margin` where the whole interval is, else `not resolved`."""
+    if ci95[0] > 0:
+        return "better"
+    if ci95[1] < 0:
+        return "worse"
+    return "same within the margin" if -margin <= ci95[0] and ci95[1] <= margin else "not resolved"

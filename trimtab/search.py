@@ -1,0 +1,87 @@
+"""`train.learning_rate = "search"`: three rates tried on a part of the work, before the run begins.
+
+The run's recipe.toml records the rate that was found, and how: a run that goes on or is repeated searches no more.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab import config, interrupts
+from trimtab.build import make_ready
+from trimtab.calibration import fit_temperature
+from trimtab.classification import mean_loss
+from trimtab.config import Layered
+from trimtab.loop import run_loop
+from trimtab.resolve import Job, resolve
+from trimtab.rundir import RunDir
+
+_FACTORS = (1 / 3, 1.0, 3.0)  # of the rate that `auto` takes for this width
+_SHARE = 0.1  # of the steps of the run, for each rate
+_FEWEST_STEPS = 20  # below this the warm-up is all that is seen
+_MOST_EVAL_ROWS = 500
+
+
+class Tried(NamedTuple):
+    """A rate, and the loss of the evaluation rows that it came to."""
+
+    rate: float
+    loss: float
+    """After the best temperature, so that a rate does not lose for being sure of itself."""
+
+
+def find_rate(layered: Layered, tell: Callable[[str], None]) -> Layered:
+    """Settles a learning rate that is to be searched; any other recipe comes back as it is.
+
+    Raises:
+        TrimtabError: as training.
+    """
+    if layered.recipe.train.learning_rate != "search":
+        return layered
+    usual = resolve(layered.override({"train.learning_rate": "auto"}, "search"))
+    centre = float(usual.recipe.train.learning_rate)
+    brief = _brief(layered, usual)
+    tried = []
+    for factor in _FACTORS:
+        tried.append(_try(brief, float(f"{centre * factor:.2g}")))
+        tell(f"learning rate {tried[-1].rate:g}: evaluation loss {tried[-1].loss:.4f}")
+    best = min(tried, key=lambda one: one.loss)
+    told = ", ".join(f"{one.rate:g} -> {one.loss:.4f}" for one in tried)
+    return layered.override({"train.learning_rate": best.rate}, f"search, evaluation loss: {told}")
+
+
+def _brief(layered: Layered, usual: Job) -> Layered:
+    """The recipe of a trial: one pass over as many rows as a tenth of the run's steps take."""
+    settings = usual.recipe.train
+    a_step = settings.batch_size * settings.gradient_accumulation_steps
+    steps = max(_FEWEST_STEPS, round(_SHARE * usual.steps_per_epoch * int(settings.num_epochs)))
+    rows = min(len(usual.train.examples), steps * a_step)
+    values = {
+        "train.num_epochs": max(1, round(steps * a_step / rows)),
+        "train.early_stopping_patience": 0,
+        "train.save_every_s": 1e9,
+        "data.limit_train": rows,
+        "data.limit_eval": min(len(usual.eval.examples), _MOST_EVAL_ROWS),
+        "data.max_length": usual.recipe.data.max_length,
+    }
+    return layered.override(values, "search")
+
+
+def _try(brief: Layered, rate: float) -> Tried:
+    """Trains briefly in a folder that is gone afterwards."""
+    layered = brief.override({"train.learning_rate": rate}, "search")
+    ready = make_ready(resolve(layered))
+    with tempfile.TemporaryDirectory(prefix="trimtab-search-") as folder:
+        run = RunDir(Path(folder))
+        run.recipe.write_text(config.dump(layered), "utf-8")
+        _, best = run_loop(
+            run, ready.job, ready.model, ready.engine.forward, lambda event, **values: None, lambda event: None
+        )
+    interrupts.check()
+    logits: npt.NDArray[np.float32] = best["eval_logits"].numpy()
+    labels = ready.job.eval.encoded.labels
+    return Tried(rate, mean_loss(logits / np.float32(fit_temperature(logits, labels)), labels))

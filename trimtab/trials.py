@@ -1,0 +1,405 @@
+"""Methods against each other on a user's own data: equal tuning, several seeds, one table, rules fixed beforehand.
+
+Each method is tried at the same number of rates with the first seed; the evaluation rows choose its rate and its
+epochs. At that rate it is trained with every seed, and the test rows, which chose nothing, decide. Each trial is a
+process of its own and leaves a folder; what has finished is not repeated.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab import config, data, durable, interrupts, rundir
+from trimtab.comparison import Answers, read_answers
+from trimtab.config import Layered
+from trimtab.data import Example
+from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError, TrimtabError, did_you_mean, some
+from trimtab.machine import available_memory
+from trimtab.paired import mean_over_seeds, paired_over_seeds, verdict_within
+from trimtab.resolve import Job, resolve
+from trimtab.rundir import RunDir
+
+LORA = ("lora", "dora", "rslora")
+METHODS = (*LORA, "head", "full")
+_FULL_SHARE = 0.1  # of LoRA's best rate is where full fine-tuning's is (Biderman et al. 2024, arXiv 2405.09673)
+_STEP = 3.0  # between two rates
+_CS = 10.0  # between two C of the probe, around 10
+_TEST_FRACTION = 0.2
+_BYTES_A_WEIGHT = 20  # of full fine-tuning: weight, gradient, two moments, the best so far
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and how."""
+
+    methods: tuple[str, ...]
+    seeds: int = 5
+    rates: int = 3
+    margin: float = 0.01
+    """Methods whose whole interval of difference lies within it are the same."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training."""
+
+    method: str
+    rate: float
+    """The learning rate; of `head`, the C of its logistic regression."""
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder, below that of the comparison."""
+        return f"{self.method}/{self.rate:.2g}/seed-{self.seed}"
+
+
+def run(layered: Layered, plan: Plan, *, out: str | None = None, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Trains what the plan says, as far as that was not done before, and compares.
+
+    Args:
+        layered: The recipe, with data.train; without data.test a fifth of its rows is kept for the test.
+        plan: Methods, seeds, rates, margin.
+        out: The folder of the trials; None: a new one under ./runs. The same one again goes on.
+        tell: Receives a line for people now and then.
+
+    Returns:
+        rows of each role, methods: for each its rate, accuracies, mean, std, ci95, and against the first one
+        difference, difference_ci95, verdict; trainable_parameters, adapter_bytes, core_seconds, peak_rss_bytes, the
+        means over its seeds; folder.
+
+    Raises:
+        TrimtabError: whatever cannot be, before the first step where that can be known.
+        Interrupted: a signal asked to stop; what has finished stays.
+    """
+    with interrupts.heard():
+        return _run(layered, plan, out, tell)
+
+
+def _run(layered: Layered, plan: Plan, out: str | None, tell: Callable[[str], None]) -> dict[str, Any]:
+    _check(plan)
+    if layered.recipe.train.learning_rate == "search":  # each method is searched here, and equally
+        layered = layered.override({"train.learning_rate": "auto"}, "compare")
+    folder, layered = _prepare(layered, out)
+    job = resolve(layered)
+    centre = float(job.recipe.train.learning_rate)
+    _check_methods(layered, job, plan)
+    layered = layered.override({"train.baselines": False}, "compare")
+    assert job.test is not None
+    tell(
+        f"data    {len(job.train.examples):,} rows to train on, {len(job.eval.examples):,} choose epoch and rate, "
+        f"{len(job.test.examples):,} decide"
+    )
+    first = job.recipe.train.seed
+    trainings = len(plan.methods) * (plan.rates + plan.seeds - 1)
+    tell(
+        f"plan    {some(plan.methods)}: each at {plan.rates} rates with seed {first}, then with {plan.seeds} seeds at "
+        f"its best rate, {trainings} trainings in all"
+    )
+    tell(f"        in {folder}; the same command with --out {folder} goes on where this one stops")
+    done: dict[str, list[Trial]] = {}
+    for method in plan.methods:
+        tried = [Trial(method, rate, first) for rate in _grid(method, centre, plan.rates)]
+        best = max(tried, key=lambda trial: _chosen_by(_carry_out(folder, layered, trial, tell)))
+        done[method] = [replace(best, seed=first + i) for i in range(plan.seeds)]
+        for trial in done[method]:
+            _carry_out(folder, layered, trial, tell)
+    found = _compare(folder, done, plan) | {"folder": str(folder)}
+    rundir.write_json(folder / "comparison.json", found)
+    durable.replace(folder / "comparison.md", ("\n".join(markdown_lines(found)) + "\n").encode())
+    return found
+
+
+def _check(plan: Plan) -> None:
+    for method in plan.methods:
+        if method not in METHODS:
+            raise RecipeError(
+                "compare.method",
+                f'There is no method "{method}": {some(METHODS, 9)}.{did_you_mean(method, METHODS)}',
+                where="--methods",
+                mend="--methods lora,head,full",
+            )
+    if len(set(plan.methods)) < 2:
+        raise RecipeError(
+            "compare.method", "One method alone cannot be compared.", where="--methods", mend="--methods lora,full"
+        )
+
+
+def _prepare(layered: Layered, out: str | None) -> tuple[Path, Layered]:
+    """The folder, and the recipe with test rows; a folder that holds another comparison is refused.
+
+    Raises:
+        RecipeError: the folder belongs to another recipe or other data.
+    """
+    if not layered.recipe.data.train:
+        raise RecipeError("data.train", "No file is named.", mend="trimtab compare --methods lora,full FILE")
+    stem = Path(layered.recipe.data.train[0]).name.partition(".")[0]
+    folder = Path(os.path.expanduser(out or f"runs/compare-{time.strftime('%Y%m%d-%H%M%S')}-{stem}")).resolve()
+    wanted = config.dump(resolve(layered).layered) if layered.recipe.data.test else _dump_without_test(layered)
+    there = folder / "recipe.toml"
+    try:
+        if there.is_file():
+            if there.read_text("utf-8") != wanted:
+                raise RecipeError(
+                    "compare.exists",
+                    f"{folder} holds a comparison of another recipe or other rows; nothing in it was touched.",
+                    where=str(there),
+                    mend="another --out; or the settings and the files that it was begun with",
+                )
+        elif folder.exists() and any(folder.iterdir()):
+            raise RecipeError("compare.exists", f"{folder} exists and is not empty.", mend="another --out")
+        else:
+            durable.make_folder(folder)
+            durable.replace(there, wanted.encode())
+        if layered.recipe.data.test:
+            return folder, layered
+        return folder, layered.override(_split(layered, folder), "compare")
+    except OSError as error:
+        if isinstance(error, TrimtabError):
+            raise
+        raise ResourceError(
+            "compare.folder",
+            f"The comparison's folder cannot be used: {error.strerror or error}",
+            where=str(error.filename or folder),
+            mend="--out DIR in a folder that you may write to",
+        ) from None
+
+
+def _dump_without_test(layered: Layered) -> str:
+    return config.dump(resolve(layered).layered) + "# a fifth of the training rows, data/test.parquet, decides\n"
+
+
+def _split(layered: Layered, folder: Path) -> dict[str, object]:
+    """A fifth of the rows of each class, repeats kept together, in a file of its own; the others in another."""
+    settings = layered.recipe.data
+    files = {role: folder / "data" / f"{role}.parquet" for role in ("train", "test")}
+    if not all(file.is_file() for file in files.values()):
+        rows = data.read_rows(
+            settings.train, text=settings.text, label=settings.label, skip_bad=settings.bad_rows == "skip"
+        )
+        parts = dict(zip(files, data.split(rows.examples, _TEST_FRACTION, settings.seed), strict=True))
+        if not parts["test"]:
+            raise DataError(
+                "data.too_few",
+                "No class has two different texts, so none can be kept for the test.",
+                where=str(settings.train[0]),
+                mend="add rows, or give test rows: --test FILE",
+            )
+        durable.make_folder(folder / "data")
+        for role, part in parts.items():
+            _write_rows(files[role], part)
+    return {
+        "data.train": (str(files["train"]),),
+        "data.test": (str(files["test"]),),
+        "data.text": "text",
+        "data.label": "label",
+    }
+
+
+def _write_rows(file: Path, examples: Sequence[Example]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    written = io.BytesIO()
+    texts, labels = ([getattr(example, key) for example in examples] for key in ("text", "label"))
+    pq.write_table(pa.table({"text": texts, "label": labels}), written)
+    durable.replace(file, written.getvalue())
+
+
+def _check_methods(layered: Layered, job: Job, plan: Plan) -> None:
+    """What a method cannot do with this base is said before anything is trained.
+
+    Raises:
+        RecipeError: a variant that this base does not take.
+        ResourceError: full fine-tuning would not fit the memory.
+    """
+    from trimtab.training import count_parameters
+
+    for method in plan.methods:
+        if method in LORA:
+            count_parameters(layered.override({"lora.variant": method}, "--methods"), len(job.labels))
+    if "full" in plan.methods:
+        needs = _BYTES_A_WEIGHT * int(count_parameters(layered, len(job.labels))["base"])
+        if needs > (free := available_memory()):
+            raise ResourceError(
+                "compare.memory",
+                f"Full fine-tuning of this base takes {needs / 1e9:.1f} GB for weights, gradients and moments alone, "
+                f"and {free / 1e9:.1f} GB are free.",
+                mend="leave full out of --methods, or choose a smaller --base",
+            )
+
+
+def _grid(method: str, centre: float, rates: int) -> list[float]:
+    """Equal tuning: as many rates for each, spaced around where its best one is known to be; from low to high."""
+    middle, step = (10.0, _CS) if method == "head" else (centre * (_FULL_SHARE if method == "full" else 1), _STEP)
+    return [middle * step ** (i - (rates - 1) / 2) for i in range(rates)]
+
+
+def _chosen_by(metrics: dict[str, Any]) -> tuple[float, float]:
+    """What chooses a rate: accuracy on the evaluation rows, and where that ties, their loss."""
+    return metrics["chosen_on_accuracy"], -metrics["chosen_on_loss"]
+
+
+def _carry_out(folder: Path, layered: Layered, trial: Trial, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The metrics of a trial, trained now unless that was done before.
+
+    Raises:
+        TrimtabError: the trial failed; what it said is in the message.
+    """
+    place = RunDir(folder / "trials" / trial.name)
+    if place.metrics.is_file():
+        return dict(json.loads(place.metrics.read_text("utf-8")))
+    began = time.monotonic()
+    metrics = _train(place, layered, trial)
+    tell(
+        f"trial   {trial.name}: accuracy {metrics['chosen_on_accuracy']:.3f} on the evaluation rows, "
+        f"{time.monotonic() - began:.0f} s"
+    )
+    return metrics
+
+
+def _train(place: RunDir, layered: Layered, trial: Trial) -> dict[str, Any]:
+    values: dict[str, object] = {"train.seed": trial.seed}
+    if trial.method in LORA:
+        values |= {"lora.variant": trial.method, "train.learning_rate": trial.rate}
+        return train_once(place, layered.override(values, "compare"))
+    if trial.method == "full":
+        values |= {"train.learning_rate": trial.rate, "train.save_every_s": 600.0}  # a checkpoint is the whole model
+    if not place.recipe.is_file():
+        recipe = config.dump(resolve(layered.override(values, "compare")).layered)
+        durable.make_folder(place.path)
+        rundir.write_json(place.path / "method.json", {"method": trial.method, "c": trial.rate})
+        durable.replace(place.recipe, recipe.encode())
+    return _finish(place, ["trimtab.rivals", str(place.path)])
+
+
+def train_once(place: RunDir, layered: Layered) -> dict[str, Any]:
+    """The metrics of the run at this place: read, or gone on with, or trained from the start; in a process of its own.
+
+    Raises:
+        ArtefactError: it failed; what it said is in the message.
+    """
+    if place.metrics.is_file():
+        return dict(json.loads(place.metrics.read_text("utf-8")))
+    if place.recipe.is_file():
+        return _finish(place, ["trimtab", "train", "--resume", str(place.path)])
+    recipe = place.path.with_name(f"{place.path.name}.toml")
+    durable.make_folder(recipe.parent)
+    durable.replace(recipe, config.dump(resolve(layered).layered).encode())
+    return _finish(place, ["trimtab", "train", "--recipe", str(recipe), "--out", str(place.path)])
+
+
+def _finish(place: RunDir, arguments: Sequence[str]) -> dict[str, Any]:
+    """Runs a module of Python's to the end, with a log beside its folder."""
+    log = place.path.with_name(f"{place.path.name}.log")
+    code = _in_a_process([sys.executable, "-P", "-m", *arguments], log)
+    if code != 0 or not place.metrics.is_file():
+        said = log.read_text("utf-8", "replace").strip().splitlines()
+        raise ArtefactError(
+            "trial.failed",
+            f"The training {place.path.name} ended with exit code {code}: {said[-1] if said else 'it said nothing'}",
+            where=str(log),
+            mend="mend what it says and give the same command again: what has finished is not repeated",
+        )
+    return dict(json.loads(place.metrics.read_text("utf-8")))
+
+
+def _in_a_process(command: Sequence[str], log: Path) -> int:
+    """Runs a command to its end and returns its exit code; so a trial's memory and processor time are its own."""
+    with log.open("ab") as stream:
+        return subprocess.run(command, stdout=stream, stderr=stream, check=False).returncode
+
+
+def _compare(folder: Path, done: dict[str, list[Trial]], plan: Plan) -> dict[str, Any]:
+    """The table of all methods from the trials' files."""
+    right: dict[str, np.ndarray[Any, np.dtype[np.bool_]]] = {}
+    methods: list[dict[str, Any]] = []
+    for method, trials in done.items():
+        answers: list[Answers] = [read_answers(folder / "trials" / trial.name) for trial in trials]
+        right[method] = np.stack([one.told == one.truth for one in answers])
+        metrics = [json.loads(RunDir(folder / "trials" / trial.name).metrics.read_text("utf-8")) for trial in trials]
+        mean, ci95 = mean_over_seeds(right[method].astype(np.float64))
+        accuracies = right[method].mean(axis=1)
+        methods.append(
+            {
+                "method": method,
+                "rate": trials[0].rate,
+                "seeds": [trial.seed for trial in trials],
+                "accuracies": [float(accuracy) for accuracy in accuracies],
+                "accuracy": mean,
+                "std": float(accuracies.std(ddof=1)) if len(trials) > 1 else None,
+                "ci95": list(ci95),
+                "macro_f1": float(np.mean([one["macro_f1"] for one in metrics])),
+                **{
+                    key: float(np.mean([one[key] for one in metrics]))
+                    for key in ("trainable_parameters", "adapter_bytes", "core_seconds", "peak_rss_bytes")
+                },
+            }
+        )
+    first = plan.methods[0]
+    for one in methods[1:]:
+        difference, ci95 = paired_over_seeds(right[one["method"]], right[first])
+        one |= {
+            "difference": difference,
+            "difference_ci95": list(ci95),
+            "verdict": verdict_within(ci95, plan.margin),
+        }
+    return {"plan": asdict(plan), "test_rows": int(right[first].shape[1]), "methods": methods}
+
+
+def table_lines(found: dict[str, Any]) -> list[str]:
+    """The comparison for people."""
+    first = found["methods"][0]["method"]
+    lines = [
+        f"{found['test_rows']:,} test rows, {found['plan']['seeds']} seeds; against {first}, "
+        f"margin {found['plan']['margin']:g}",
+        f"{'method':<8} {'rate':>8} {'accuracy':>9} {'std':>7}  {'95 % interval':<16} {'against ' + first:<46} "
+        f"{'parameters':>12} {'bytes':>12} {'core-s':>8} {'GB':>6}",
+    ]
+    for one in found["methods"]:
+        low, high = one["ci95"]
+        std = "-" if one["std"] is None else f"{one['std']:.4f}"
+        against = ""
+        if "verdict" in one:
+            below, above = one["difference_ci95"]
+            against = f"{one['difference']:+.4f} ({below:+.4f} to {above:+.4f}) {one['verdict']}"
+        lines.append(
+            f"{one['method']:<8} {one['rate']:>8.2g} {one['accuracy']:>9.4f} {std:>7}  "
+            f"{f'{low:.4f} to {high:.4f}':<16} {against:<46} {one['trainable_parameters']:>12,.0f} "
+            f"{one['adapter_bytes']:>12,.0f} {one['core_seconds']:>8,.0f} {one['peak_rss_bytes'] / 1e9:>6.2f}"
+        )
+    return [*lines, f"all of it in {found['folder']}: comparison.json, comparison.md, trials/"]
+
+
+def markdown_lines(found: dict[str, Any]) -> list[str]:
+    """The comparison as a Markdown table."""
+    first = found["methods"][0]["method"]
+    lines = [
+        f"{found['test_rows']:,} test rows, {found['plan']['seeds']} seeds, {found['plan']['rates']} rates each.",
+        "",
+        f"| method | rate | accuracy | std | 95 % interval | against {first} | verdict | trained parameters | bytes | "
+        "core-seconds | peak memory, GB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in found["methods"]:
+        low, high = one["ci95"]
+        std = "" if one["std"] is None else f"{one['std']:.4f}"
+        against = ""
+        if "verdict" in one:
+            below, above = one["difference_ci95"]
+            against = f"{one['difference']:+.4f} ({below:+.4f} to {above:+.4f})"
+        lines.append(
+            f"| {one['method']} | {one['rate']:.2g} | {one['accuracy']:.4f} | {std} | {low:.4f} to {high:.4f} | "
+            f"{against} | {one.get('verdict', '')} | {one['trainable_parameters']:,.0f} | "
+            f"{one['adapter_bytes']:,.0f} | {one['core_seconds']:,.0f} | {one['peak_rss_bytes'] / 1e9:.2f} |"
+        )
+    return lines
