@@ -93,6 +93,7 @@ def test_the_tutorial_to_the_letter() -> None:
         "train.metric_for_best_model": "loss",
         "train.early_stopping_patience": 0,
         "train.group_by_length": False,
+        "train.head_start": "random",
         "train.seed": 42,
     }
     recipe = load_recipe("tutorial").recipe
@@ -145,6 +146,7 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "train.class_weights": st.sampled_from(["none", "auto"]),
     "train.group_by_length": st.booleans(),
     "train.baselines": st.booleans(),
+    "train.head_start": st.sampled_from(["random", "probe"]),
     "train.log_every_steps": st.integers(1),
     "train.save_every_s": st.floats(0, exclude_min=True, allow_infinity=False),
     "train.seed": SEED,

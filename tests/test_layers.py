@@ -24,7 +24,7 @@ LAYERS = [
     ["classification"],
     ["adapter", "calibration", "resolve"],
     ["build", "estimate", "predict", "report"],
-    ["baselines", "comparison", "console", "files"],
+    ["baselines", "comparison", "console", "files", "headstart"],
     ["evaluation", "loop"],
     ["search"],
     ["rivals", "training"],

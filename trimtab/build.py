@@ -19,6 +19,8 @@ class Ready:
     model: Any
     head: list[str]
     """The modules that are trained in full."""
+    head_is_new: bool
+    """Whether the base brought no answer layer of its own."""
     parameters: dict[str, Any]
     """The parameter report."""
     engine: Engine
@@ -35,4 +37,4 @@ def make_ready(job: Job) -> Ready:
     parameters = count(loaded.model, recipe.lora, targets, head).as_dict()
     model = inject(loaded.model, recipe.lora, targets, head, job.base.recorded_as).to(job.placement.device)
     engine = choose(model, job.tokenizer.pad_id, job.placement.device, recipe.runtime)
-    return Ready(job, model, head, parameters, engine)
+    return Ready(job, model, head, bool(loaded.new_parameters), parameters, engine)

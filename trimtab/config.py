@@ -145,6 +145,9 @@ class TrainSettings(Section):
     class_weights: Literal["none", "auto"] = Field(
         "none", description="auto: a row weighs n / (classes x rows of its class); evaluation is never weighed."
     )
+    head_start: Literal["random", "probe"] = Field(
+        "probe", description="How a new head begins: as a linear probe of the frozen base, or at random."
+    )
     baselines: bool = Field(True, description="Judge counted words and the untrained base on the same rows.")
     group_by_length: bool = Field(True, description="Put texts of similar length into a batch.")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two log lines.")

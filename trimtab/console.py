@@ -82,6 +82,8 @@ def event_lines(event: Mapping[str, Any]) -> list[str]:
         return _start_lines(event)
     if kind == "warning":
         return [f"! {event['text']}"]
+    if kind == "head":
+        return [f"head    {event['text']}"]
     if kind == "search":
         return [f"search  {event['text']}"]
     if kind == "resume":

@@ -43,6 +43,8 @@ class Engine:
     """Of states and frozen weights."""
     vectors: Vectors | None = None
     """None where the adapter was merged into the weights."""
+    encoder: Encoder | None = None
+    """What the fast forward runs; None: it is stock."""
 
     @property
     def line(self) -> str:
@@ -82,7 +84,7 @@ def choose(model: Any, pad_id: int, device: torch.device, settings: RuntimeSetti
             dtype = fast_dtype(settings)
             built = encoder.of_peft_model(model, dtype)
             name = str(dtype).removeprefix("torch.")
-            return Engine(fast(built), "fast", f"{model.config.model_type} on a CPU", name, _fast_vectors(built))
+            return Engine(fast(built), "fast", f"{model.config.model_type} on a CPU", name, _fast_vectors(built), built)
         except NotSupported as found:
             reason = str(found)
             if settings.fast == "on":

@@ -16,6 +16,7 @@ from trimtab.build import make_ready
 from trimtab.calibration import fit_temperature
 from trimtab.classification import mean_loss
 from trimtab.config import Layered
+from trimtab.headstart import start_head
 from trimtab.loop import run_loop
 from trimtab.resolve import Job, resolve
 from trimtab.rundir import RunDir
@@ -75,6 +76,7 @@ def _try(brief: Layered, rate: float) -> Tried:
     """Trains briefly in a folder that is gone afterwards."""
     layered = brief.override({"train.learning_rate": rate}, "search")
     ready = make_ready(resolve(layered))
+    start_head(ready)
     with tempfile.TemporaryDirectory(prefix="trimtab-search-") as folder:
         run = RunDir(Path(folder))
         run.recipe.write_text(config.dump(layered), "utf-8")

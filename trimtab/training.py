@@ -45,6 +45,7 @@ from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError,
 from trimtab.estimate import Estimate
 from trimtab.evaluation import write_predictions
 from trimtab.forward import Engine, Forward
+from trimtab.headstart import start_head
 from trimtab.hub import find_base
 from trimtab.loop import Observer, run_loop
 from trimtab.machine import peak_rss_bytes
@@ -360,6 +361,8 @@ def _run(
     for warning in warnings:
         tell("warning", text=warning)
 
+    if not any(run.checkpoints.glob("step-*")) and (line := start_head(ready)):
+        tell("head", text=line)
     progress, best = run_loop(run, job, model, engine.forward, tell, observe)
     _restore(model, best)
     scored, logits, scores = _score(job, engine.forward, best["eval_logits"].numpy())
