@@ -139,7 +139,7 @@ def train(
     if not as_json:
         shown = _shown(run.path)
         with suppress(OSError):  # the run is done, whoever still listens
-            print(f'all of it in {shown}; try it:\n  trimtab predict {shown} "a text of yours"')
+            print(f'all of it in {shown}, report.html first; try it:\n  trimtab predict {shown} "a text of yours"')
 
 
 @app.command()
@@ -295,6 +295,24 @@ def evaluate(
     else:
         for line in report.score_lines(scores):
             print(line)
+
+
+@app.command()
+def report(
+    path: Annotated[str, typer.Argument(metavar="RUN", help="A run directory such as runs/latest.")],
+    lang: Annotated[str, typer.Option(metavar="en|zh", help="Language of what is printed; the page has both.")] = "en",
+) -> None:
+    """Print the report of a finished run, and write its report.html anew."""
+    from trimtab import markdown, runreport
+    from trimtab.rundir import RunDir
+
+    if lang not in ("en", "zh"):
+        raise RecipeError("usage", f'--lang is en or zh, not "{lang}".', mend="--lang zh")
+    found = runreport.read(path)
+    print(markdown.report(found, lang), end="")
+    run = RunDir(Path(found.run))
+    runreport.write(run, found)
+    print(f"as a page: {_shown(run.report)}", file=sys.stderr)
 
 
 @app.command()

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trimtab import adapter, batching, checkpoint, config, durable, estimate, evaluation, interrupts, report, rundir
+from trimtab import adapter, batching, checkpoint, config, durable, estimate, evaluation, interrupts, rundir, runreport
 from trimtab.classification import compute_logits, metrics
 from trimtab.config import MINILM, Layered
 from trimtab.data import Reject
@@ -368,7 +368,14 @@ def _run(
     _restore(model, best)
     scored, logits, scores = _score(job, engine.forward, best["eval_logits"].numpy())
     chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
-    card = report.model_card(job, scores, int(chosen["epoch"]), ready.parameters)
+    scores |= {
+        "scored_on": "test" if job.test else "eval",
+        "epoch": int(chosen["epoch"]),
+        "step": progress.best_step,
+        "evaluations": progress.evaluations,
+        **{f"{key}_parameters": ready.parameters[key] for key in ("base", "total", "lora", "head", "trainable")},
+    }
+    card = runreport.card(job, scores, scored.examples, logits, _environment(job, engine))
     if run.metrics.exists():  # of a run that lost a file since: from here on it is not finished
         run.metrics.unlink()
         durable.sync_folder(run.path)
@@ -390,11 +397,6 @@ def _run(
     # The fast forward computes no padding.
     padding = 0.0 if engine.name == "fast" else batching.padding_pct(job.train.encoded.lengths, job.batches(0))
     result = scores | {
-        "scored_on": "test" if job.test else "eval",
-        "epoch": int(chosen["epoch"]),
-        "step": progress.best_step,
-        "evaluations": progress.evaluations,
-        "trainable_parameters": ready.parameters["trainable"],
         "adapter_bytes": sum(file.stat().st_size for file in run.adapter.glob("adapter_*")),
         "largest_difference_after_reload": verification["largest_difference"],
         "tokens_per_s": progress.tokens / max(progress.step_seconds, 1e-9),
@@ -407,7 +409,8 @@ def _run(
         "total_seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    rundir.write_json(run.metrics, result)
+    runreport.write(run, runreport.read(run.path, result))
+    rundir.write_json(run.metrics, result)  # last: it is what says that the run is finished
     tell("end", metrics=result)
     return Run(run.path, result)
 
