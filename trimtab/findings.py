@@ -564,7 +564,8 @@ def _cell_examples(scored: Scored, position: Ints, width: int) -> dict[tuple[int
         cell = int(position[scored.labels[row]]), int(position[answers[row]])
         if max(cell) < width and len(rows := cells.setdefault(cell, [])) < _CELL_EXAMPLES:
             rows.append(row)
-    left, kept = _MATRIX_EXAMPLES, {}
+    kept: dict[tuple[int, int], list[Example]] = {}
+    left = _MATRIX_EXAMPLES
     for number in range(_CELL_EXAMPLES):
         for cell, rows in cells.items():
             if number < len(rows) and left:
