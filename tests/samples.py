@@ -10,8 +10,9 @@ from trimtab.config import Recipe, assemble
 from trimtab.findings import Findings, Label, Scored, StepLoss
 
 HOSTILE = (
-    "<script>alert(1)</script><img src=x onerror=alert(2)> </td></table> `|` \\| ``` **b** ~~s~~ [l](https://evil.example/x) "
-    "![i](//evil.example/i.png) \"q\" 'a' &amp; {{ 7*7 }} {% raw %} @someone https://evil.example www.evil.example "
+    "<script>alert(1)</script><img src=x onerror=alert(2)> </td></table> `|` \\| ``` **b** ~~s~~ "
+    "[l](https://evil.example/x) ![i](//evil.example/i.png) "
+    "\"q\" 'a' &amp; {{ 7*7 }} {% raw %} @someone https://evil.example www.evil.example "
     "\u202eright to left\x1b[31m\x00 </style> --> ]]> <svg onload=alert(3)>"
 )
 

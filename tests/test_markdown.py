@@ -5,7 +5,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from samples import HOSTILE, sample
 
-from trimtab import markdown
+from trimtab import findings, markdown
 
 READER = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable(["table", "strikethrough"])
 
@@ -16,7 +16,7 @@ def flat(text: str) -> list[Token]:
 
 @pytest.mark.parametrize("text", [HOSTILE, "a|b", "a\\|b", "`", "``a`", "ends in \\", "| |", "<!--", "  ", "***"])
 def test_a_code_span_shows_the_text_and_nothing_else(text: str) -> None:
-    shown = " ".join(text.split())
+    shown = findings.shown(text, 1_000)
     tokens = flat(f"| a | b |\n|---|---|\n| {markdown.code(shown)} | x |\n")
     cells = [token for token in tokens if token.type == "inline"][2:]
     assert len(cells) == 2

@@ -122,15 +122,8 @@ def test_a_run_without_its_predictions_tells_the_rest() -> None:
 class TestCharts:
     def test_ticks_enclose_the_values_and_are_few(self) -> None:
         rng = np.random.default_rng(0)
-        for low, high in [
-            (0.0, 0.0),
-            (0.5, 0.5),
-            (0.0, 1e-9),
-            (0.9991, 0.9992),
-            (0, 3e6),
-            *rng.random((200, 2)).tolist(),
-        ]:
-            low, high = min(low, high), max(low, high)
+        spans = [[0.0, 0.0], [0.5, 0.5], [0.0, 1e-9], [0.9991, 0.9992], [0.0, 3e6], *rng.random((200, 2)).tolist()]
+        for low, high in map(sorted, spans):
             ticks = charts._ticks(low, high, 5)
             assert ticks[0] <= low + 1e-9
             assert ticks[-1] >= high - 1e-9

@@ -118,7 +118,8 @@ CONTRAST = """
     if (e.closest("title, desc, script, .hidden, .zero")) continue;
     const style = getComputedStyle(e);
     const ink = light(rgb(e.closest("svg") ? style.fill : style.color)), paper = light(ground(e));
-    found.push([(Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05), e.tagName + "." + e.getAttribute("class")]);
+    const ratio = (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+    found.push([ratio, e.tagName + "." + e.getAttribute("class")]);
   }
   return found.sort((a, b) => a[0] - b[0]).slice(0, 3);
 }
@@ -158,4 +159,4 @@ def test_it_prints_without_what_only_a_screen_can_use(opened: Any) -> None:
     assert not tab.locator(".switch").is_visible()
     printed = tab.pdf(format="A4")
     assert printed.startswith(b"%PDF")
-    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 8
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 12

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def copy(whole: training.Run, tmp_path: Path) -> RunDir:
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """`trimtab report` in this process: exit code, stdout and stderr."""
 
     def call(*words: object) -> tuple[int, str, str]:
@@ -48,7 +47,7 @@ def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         printed = capsys.readouterr()
         return int(stop.value.code or 0), printed.out, printed.err
 
-    yield call
+    return call
 
 
 def change(file: Path, **values: object) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from rich.cells import cell_len
 
 from trimtab import findings, wording
-from trimtab.findings import Bin, Example, Findings
+from trimtab.findings import Bin, Contender, Example, Findings
 from trimtab.wording import count, percent, say, score, signed
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -105,23 +105,27 @@ def _sections(found: Findings, language: str, level: int) -> Lines:
 def _verdict(found: Findings, language: str) -> Lines:
     lines = [f"**{wording.verdict(found, language)}** {' '.join(wording.notes(found, language))}", ""]
     if len(found.contenders) > 1:
-        heads = [
-            say(key, language) for key in ("contender", "accuracy", "macro_f1", "difference", "interval", "judged")
-        ]
+        heads = [say(key, language) for key in ("contender", "accuracy", "macro_f1", "difference", "judged")]
         rows = [
             [
                 say(one.name, language),
                 score(one.accuracy),
                 "" if one.macro_f1 is None else score(one.macro_f1),
-                "" if one.difference is None else signed(one.difference),
-                " … ".join(map(signed, one.difference_interval)) if one.difference_interval else "",
+                _difference(one),
                 say(one.verdict, language) if one.verdict else "",
             ]
             for one in found.contenders
         ]
         about = " ".join(say(f"about_{one.name}", language) for one in found.contenders[1:])
-        lines += [*_table(heads, rows, right=(1, 2, 3, 4)), "", about, ""]
+        lines += [*_table(heads, rows, right=(1, 2, 3)), "", about, ""]
     return lines
+
+
+def _difference(one: Contender) -> str:
+    if one.difference is None:
+        return ""
+    interval = f" ({' … '.join(map(signed, one.difference_interval))})" if one.difference_interval else ""
+    return signed(one.difference) + interval
 
 
 def _curves(found: Findings, language: str) -> Lines:

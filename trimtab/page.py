@@ -42,7 +42,7 @@ def render(found: Findings) -> str:
             script=Markup(_SCRIPT),
             script_sha256=digest,
             standing=wording.standing(found),
-            verdict=_twice(lambda language: escape(wording.verdict(found, language))),
+            verdict=_both(*(wording.verdict(found, language) for language in LANGUAGES)),
             about=[_say(f"about_{one.name}") for one in found.contenders[1:]],
             notes=zip(*(wording.notes(found, language) for language in LANGUAGES), strict=True),
             names=[_label(label) for label in found.labels],
@@ -87,12 +87,17 @@ def _twice(make: Callable[[str], Markup], tag: str = "span") -> Markup:
 
 def _say(key: str, **values: Any) -> Markup:
     """A sentence of the catalogue in both languages; values that are data are escaped."""
-    return _twice(lambda language: escape(CATALOGUE[language][key]).format(**values))
+    return _twice(lambda language: _set(escape(CATALOGUE[language][key]).format(**values)))
 
 
 def _both(en: str, zh: str) -> Markup:
     """A text that has been put into words already."""
-    return _twice(lambda language: escape({"en": en, "zh": zh}[language]))
+    return _twice(lambda language: _set(escape({"en": en, "zh": zh}[language])))
+
+
+def _set(text: Markup) -> Markup:
+    """A number and its percent sign stay on one line."""
+    return text.replace(" %", "\u00a0%")
 
 
 def _label(label: Label) -> Markup:

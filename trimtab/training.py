@@ -52,6 +52,11 @@ class Run:
     metrics: dict[str, Any] = field(repr=False)
 
     @property
+    def report(self) -> Path:
+        """The report of the run as a page, for any browser."""
+        return RunDir(self.path).report
+
+    @property
     def adapter(self) -> Path:
         """The adapter folder, for `trimtab.load` or `peft.PeftModel.from_pretrained`."""
         return self.path / "adapter"
