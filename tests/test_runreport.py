@@ -110,7 +110,7 @@ def test_baselines_and_calibration_reach_page_and_markdown(copy: RunDir) -> None
     assert found.calibration.after != found.calibration.before
     runreport.write(copy, found)
     text = copy.report.read_text("utf-8")
-    for shown in ("TF-IDF", "with temperature 1.300", "−0.020 … +0.040"):
+    for shown in ("TF-IDF", "with temperature 1.30", "−0.020 … +0.040"):
         assert shown in text
         assert shown in markdown.report(found)
 

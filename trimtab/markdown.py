@@ -246,7 +246,7 @@ def _calibration(found: Findings, language: str) -> Lines:
     if not c.after or c.error_after is None or c.temperature is None:
         note = say("calibration_error", language, error=score(c.error_before))
         return [note, "", *_bins([(c.before, "before", "")], language)]
-    temperature = score(c.temperature)
+    temperature = f"{c.temperature:.2f}"
     values = {"temperature": temperature, "before": score(c.error_before), "after": score(c.error_after)}
     note = say("calibration_fitted", language, rows=count(c.fitted_rows), **values)
     if c.reported_on == "halves":

@@ -6,6 +6,7 @@ numbers. The page forbids itself every source but its own text, so that a browse
 
 import base64
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -96,8 +97,8 @@ def _both(en: str, zh: str) -> Markup:
 
 
 def _set(text: Markup) -> Markup:
-    """A number and its percent sign stay on one line."""
-    return text.replace(" %", "\u00a0%")
+    """A number and its unit stay on one line."""
+    return Markup(re.sub(r"(?<=\d) (?=(%|s|min|h|kB|MB|GB)\b|%)", "\u00a0", text))
 
 
 def _label(label: Label) -> Markup:
