@@ -98,7 +98,7 @@ def _both(en: str, zh: str) -> Markup:
 
 def _set(text: Markup) -> Markup:
     """A number and its unit stay on one line."""
-    return Markup(re.sub(r"(?<=\d) (?=(%|s|min|h|kB|MB|GB)\b|%)", "\u00a0", text))
+    return Markup(re.sub(r"(?<=\d) (?=%|(s|min|h|kB|MB|GB)\b)", "\u00a0", text))
 
 
 def _label(label: Label) -> Markup:
