@@ -13,7 +13,7 @@ from test_page import Reader
 from test_training import small
 
 from trimtab import cli, markdown, runreport, training
-from trimtab.errors import ArtefactError
+from trimtab.errors import ArtefactError, ResourceError
 from trimtab.rundir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_module")
@@ -173,6 +173,17 @@ def test_what_has_no_report_is_refused_with_the_way_on(copy: RunDir, report: Any
     assert (code, "[run.unfinished]" in err, "--resume" in err) == (7, True, True)
     with pytest.raises(ArtefactError):
         runreport.read(copy.path / "nowhere")
+
+
+def test_a_run_whose_report_could_not_be_written_is_not_finished(copy: RunDir) -> None:
+    copy.metrics.unlink()
+    copy.report.unlink()
+    copy.report.mkdir()
+    with pytest.raises(ResourceError):
+        training.resume(copy.path)
+    assert not copy.metrics.exists()
+    copy.report.rmdir()
+    assert training.resume(copy.path).report.is_file()
 
 
 def test_the_template_travels_with_the_package() -> None:
