@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-long check fix build clean
+.PHONY: demo test test-long browser check fix build clean
 
 demo: .venv/ready
 	$(BIN)/trimtab demo
@@ -17,6 +17,11 @@ test: .venv/ready
 
 test-long: .venv/ready
 	$(BIN)/python -m pytest -m long
+
+# Debian's chromium, for the tests of the report in a browser; nothing is done where one is there.
+browser:
+	command -v chromium >/dev/null || { \
+	    sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update && $$sudo apt-get install -y chromium; }
 
 check: .venv/ready
 	$(BIN)/ruff check .

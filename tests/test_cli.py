@@ -95,6 +95,7 @@ class TestTrain:
             "data_report.json",
             "metrics.json",
             "predictions.parquet",
+            "report.html",
             "adapter",
             "checkpoints",
         }

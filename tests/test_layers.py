@@ -17,13 +17,13 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py")} | {
 LAYERS = [
     ["durable", "errors", "interrupts", "machine", "paired"],
     ["config"],
-    ["hub"],
-    ["data", "tokens", "rundir", "checkpoint", "doctor", "device", "model", "untrusted", "fast"],
-    ["batching", "demo", "preflight"],
-    ["forward"],
+    ["hub", "findings"],
+    ["data", "tokens", "rundir", "checkpoint", "doctor", "device", "model", "untrusted", "fast", "wording"],
+    ["batching", "demo", "preflight", "charts", "markdown"],
+    ["forward", "page"],
     ["classification"],
     ["adapter", "calibration", "resolve"],
-    ["build", "estimate", "predict", "report"],
+    ["build", "estimate", "predict", "report", "runreport"],
     ["baselines", "comparison", "console", "files", "headstart"],
     ["evaluation", "loop"],
     ["search"],
@@ -91,6 +91,13 @@ def test_the_imports_of_this_package_are_seen(tmp_path: Path) -> None:
 def test_only_the_command_line_knows_typer() -> None:
     users = {name for name, path in MODULES.items() if any(n.split(".")[0] == "typer" for n in imports(path))}
     assert users == {"cli"}
+
+
+def test_only_the_page_knows_templates() -> None:
+    users = {
+        name for name, path in MODULES.items() if {"jinja2", "markupsafe"} & {n.split(".")[0] for n in imports(path)}
+    }
+    assert users == {"page"}
 
 
 def test_what_must_start_at_once_imports_nothing_heavy() -> None:

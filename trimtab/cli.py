@@ -142,7 +142,7 @@ def train(
     if not as_json:
         shown = _shown(run.path)
         with suppress(OSError):  # the run is done, whoever still listens
-            print(f'all of it in {shown}; try it:\n  trimtab predict {shown} "a text of yours"')
+            print(f'all of it in {shown}, report.html first; try it:\n  trimtab predict {shown} "a text of yours"')
 
 
 @app.command()
@@ -390,6 +390,24 @@ def tune(
     else:
         print(f"best    {found['metric']} {found['best']:.4f} on the evaluation rows, which chose it; use it:")
         print(f"  trimtab train --recipe {_shown(Path(found['recipe']))}")
+
+
+@app.command()
+def report(
+    path: Annotated[str, typer.Argument(metavar="RUN", help="A run directory such as runs/latest.")],
+    lang: Annotated[str, typer.Option(metavar="en|zh", help="Language of what is printed; the page has both.")] = "en",
+) -> None:
+    """Print the report of a finished run, and write its report.html anew."""
+    from trimtab import markdown, runreport
+    from trimtab.rundir import RunDir
+
+    if lang not in ("en", "zh"):
+        raise RecipeError("usage", f'--lang is en or zh, not "{lang}".', mend="--lang zh")
+    found = runreport.read(path)
+    print(markdown.report(found, lang), end="")
+    run = RunDir(Path(found.run))
+    runreport.write(run, found)
+    print(f"as a page: {_shown(run.report)}", file=sys.stderr)
 
 
 @app.command()

@@ -311,21 +311,22 @@ def dump(layered: Layered) -> str:
     for section, table in layered.recipe.model_dump().items():
         lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
         for name, value in table.items():
-            entry = f"{_toml_key(name)} = {_toml(value)}"
+            entry = f"{_toml_key(name)} = {as_toml(value)}"
             origin = "" if section == "sha256" else layered.origins.get(f"{section}.{name}", "default")
             lines.append(f"{entry:<40} # {origin}" if origin else entry)
     return "\n".join(lines) + "\n"
 
 
 def _toml_key(name: str) -> str:
-    return name if name.isidentifier() and name.isascii() else _toml(name)
+    return name if name.isidentifier() and name.isascii() else as_toml(name)
 
 
-def _toml(value: object) -> str:
+def as_toml(value: object) -> str:
+    """A value of a setting as TOML, which `--set` reads too."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_toml_key(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml_key(str(k))} = {as_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(as_toml(item) for item in value) + "]"
     # JSON's strings, numbers and booleans are TOML's too, but for DEL, which TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
 

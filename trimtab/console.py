@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from trimtab.report import calibration_lines, data_lines, parameter_lines, score_line, verdict_lines
+from trimtab.wording import duration
 
 _SPARSE_S = 10.0  # seconds between two step lines where there is no live line
 
@@ -170,13 +171,3 @@ def _end_lines(event: Mapping[str, Any]) -> list[str]:
         f"        adapter of {scores['adapter_bytes'] / 1e3:,.0f} kB, loaded again in a fresh process: "
         f"largest difference {scores['largest_difference_after_reload']:.1g}",
     ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 45 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3_600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3_600} h {whole % 3_600 // 60} min"

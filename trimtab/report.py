@@ -1,12 +1,9 @@
-"""Results as text: the parameter report, the scores, the model card."""
+"""Results as lines of a terminal: the parameter report, the scores, what was found in the data."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from rich.cells import cell_len
-
-from trimtab.classification import LANGUAGES
-from trimtab.resolve import Job
 
 
 def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
@@ -116,56 +113,13 @@ def next_steps(run: str) -> list[str]:
     """What to try after the demo."""
     return [
         "",
-        f"everything lies in {run}: metrics.json, predictions.parquet, recipe.toml, adapter/",
+        f"everything lies in {run}: report.html, metrics.json, predictions.parquet, recipe.toml, adapter/",
         "try next:",
         f'  trimtab predict {run} "a review of yours" --lang en',
+        f"  trimtab report {run}   (curves, mistakes and likely label errors; report.html shows them in a browser)",
         f"  trimtab eval {run} runs/demo-data/imdb-eval.parquet   (4,500 of its 5,000 rows chose nothing)",
         "  trimtab train YOUR_FILE.csv",
     ]
-
-
-def model_card(job: Job, scores: Mapping[str, Any], epoch: int, parameters: Mapping[str, Any]) -> str:
-    """README.md of the adapter: what it is, on what it was trained, how good it is. Same recipe, same bytes."""
-    recipe = job.recipe
-    where = "the test rows" if job.test else "the evaluation rows, which also chose the epoch"
-    names = [
-        f"| `{value}` | {' | '.join(job.labels.name(i, language) for language in LANGUAGES)} |"
-        for i, value in enumerate(job.labels.values)
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: peft",
-            f"base_model: {job.base.hub_id or job.base.folder.name}",
-            "pipeline_tag: text-classification",
-            "tags: [lora, trimtab]",
-            "---",
-            "",
-            "# LoRA adapter for text classification",
-            "",
-            f"{score_line(scores)}, on {where} (epoch {epoch}).",
-            "",
-            "| label | zh | en |",
-            "|---|---|---|",
-            *names,
-            "",
-            f"Base: {job.base.hub_id or job.base.folder.name}, weights sha256 `{job.base.weights_sha256}`.",
-            f"{recipe.lora.variant} r={recipe.lora.r}, lora_alpha={recipe.lora.lora_alpha} on "
-            f"{', '.join(recipe.lora.target_modules)}: {parameters['trainable']:,} trained parameters, "
-            f"of them {parameters['lora']:,} LoRA and {parameters['head']:,} head.",
-            f"Trained on {len(job.train.examples):,} rows, {recipe.train.num_epochs} epochs, "
-            f"batches of {recipe.train.batch_size}, learning rate {recipe.train.learning_rate:g}, "
-            f"texts cut at {recipe.data.max_length} tokens.",
-            "",
-            "```python",
-            "import trimtab",
-            "",
-            'classifier = trimtab.load("PATH/TO/THIS/FOLDER")',
-            'print(classifier.predict(["a text"]))',
-            "```",
-            "",
-        ]
-    )
 
 
 def data_lines(data_report: Mapping[str, Any], *, whole: bool = True) -> list[str]:

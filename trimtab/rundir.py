@@ -63,6 +63,11 @@ class RunDir:
         return self.path / "predictions.parquet"
 
     @property
+    def report(self) -> Path:
+        """The report of the run as a page."""
+        return self.path / "report.html"
+
+    @property
     def adapter(self) -> Path:
         """The trained artefact."""
         return self.path / "adapter"

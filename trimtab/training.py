@@ -33,8 +33,8 @@ from trimtab import (
     estimate,
     evaluation,
     interrupts,
-    report,
     rundir,
+    runreport,
     search,
 )
 from trimtab.build import Ready, make_ready
@@ -66,6 +66,11 @@ class Run:
 
     path: Path
     metrics: dict[str, Any] = field(repr=False)
+
+    @property
+    def report(self) -> Path:
+        """The report of the run as a page, for any browser."""
+        return RunDir(self.path).report
 
     @property
     def adapter(self) -> Path:
@@ -374,7 +379,14 @@ def _run(
     scores["baselines"] = baselines.against(logits, scored.encoded.labels, simpler, len(job.train.examples))
     baseline_seconds = time.monotonic() - compared
     chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
-    card = report.model_card(job, scores, int(chosen["epoch"]), ready.parameters)
+    scores |= {
+        "scored_on": "test" if job.test else "eval",
+        "epoch": int(chosen["epoch"]),
+        "step": progress.best_step,
+        "evaluations": progress.evaluations,
+        **{f"{key}_parameters": ready.parameters[key] for key in ("base", "total", "lora", "head", "trainable")},
+    }
+    card = runreport.card(job, scores, scored.examples, logits, _environment(job, engine))
     if run.metrics.exists():  # of a run that lost a file since: from here on it is not finished
         run.metrics.unlink()
         durable.sync_folder(run.path)
@@ -397,11 +409,6 @@ def _run(
     # The fast forward computes no padding.
     padding = 0.0 if engine.name == "fast" else batching.padding_pct(job.train.encoded.lengths, job.batches(0))
     result = scores | {
-        "scored_on": "test" if job.test else "eval",
-        "epoch": int(chosen["epoch"]),
-        "step": progress.best_step,
-        "evaluations": progress.evaluations,
-        "trainable_parameters": ready.parameters["trainable"],
         "adapter_bytes": sum(file.stat().st_size for file in run.adapter.glob("adapter_*")),
         "largest_difference_after_reload": verification["largest_difference"],
         "tokens_per_s": progress.tokens / max(progress.step_seconds, 1e-9),
@@ -416,7 +423,8 @@ def _run(
         "total_seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    rundir.write_json(run.metrics, result)
+    runreport.write(run, runreport.read(run.path, result))
+    rundir.write_json(run.metrics, result)  # last: it is what says that the run is finished
     tell("end", metrics=result)
     return Run(run.path, result)
 

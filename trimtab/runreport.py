@@ -1,0 +1,190 @@
+"""The report of a run: what it knows becomes findings, and those become report.html, Markdown and the adapter's card.
+
+A run that has just ended knows everything in memory; one of yesterday has its files. Both give the same findings. A
+run that was written before there were reports lacks some of it, and its report those parts.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab import durable, findings, markdown, page
+from trimtab.classification import Labels, make_labels, softmax
+from trimtab.config import load_recipe
+from trimtab.data import Example
+from trimtab.errors import ArtefactError
+from trimtab.findings import Findings, Label, Scored, StepLoss
+from trimtab.resolve import Job
+from trimtab.rundir import RunDir, locate
+
+
+def card(
+    job: Job,
+    metrics: Mapping[str, Any],
+    examples: list[Example],
+    logits: npt.NDArray[np.float32],
+    environment: Mapping[str, Any],
+) -> str:
+    """README.md of the adapter of a run that has just ended.
+
+    Args:
+        job: What was trained.
+        metrics: What metrics.json will say, as far as it is known.
+        examples: The rows of the headline.
+        logits: float32[n, C], theirs.
+        environment: What environment.json says.
+    """
+    index = job.labels.index()
+    found = findings.find(
+        metrics,
+        labels=_labels(job.labels),
+        scored=_scored(
+            [example.text for example in examples],
+            [_place(example.file, example.line) for example in examples],
+            np.array([index[example.label] for example in examples], np.int64),
+            logits,
+            metrics,
+        ),
+        data_report=job.data_report,
+        recipe=job.recipe,
+        environment=environment,
+        base=job.base.hub_id or job.base.folder.name,
+    )
+    return markdown.card(found)
+
+
+def read(path: str | Path, metrics: Mapping[str, Any] | None = None) -> Findings:
+    """The findings of a run from its files.
+
+    Args:
+        path: The run directory.
+        metrics: What metrics.json will say, where it is not written yet.
+
+    Raises:
+        ArtefactError: it is no run, has not come to its end, or its predictions are damaged.
+    """
+    run = RunDir(locate(path))
+    if not run.recipe.is_file():
+        raise ArtefactError(
+            "run.not_a_run",
+            "This is not a run directory: it has no recipe.toml.",
+            where=str(run.path),
+            mend="a run directory such as runs/latest; an adapter's own report is its README.md",
+        )
+    known = _object(run.metrics) if metrics is None else metrics
+    if "accuracy_ci95" not in known or "scored_on" not in known:
+        raise ArtefactError(
+            "run.unfinished",
+            "This run has no scores: it did not come to its end.",
+            where=str(run.metrics),
+            mend=f"trimtab train --resume {run.path}",
+        )
+    events = _events(run)
+    start = events.get("start", {})
+    recipe = load_recipe(str(run.recipe)).recipe
+    report = _object(run.data_report)
+    values = list(known["per_class"])
+    labels = make_labels(values, {label: name for label, name in recipe.data.names.items() if label in values})
+    base = _object(run.adapter / "trimtab.json").get("base", {})
+    counted = {f"{key}_parameters": start.get("parameters", {}).get(key) for key in ("base", "total", "lora", "head")}
+    return findings.find(
+        counted | dict(known),
+        labels=_labels(labels),
+        scored=_predictions(run, labels, known),
+        data_report=report,
+        recipe=recipe,
+        environment=_object(run.environment),
+        base=base.get("hub_id") or Path(recipe.base.model).name,
+        steps=events["steps"],
+        started=start.get("time"),
+        run=str(run.path),
+    )
+
+
+def write(run: RunDir, found: Findings) -> None:
+    """Writes report.html.
+
+    Raises:
+        OSError: the disk is full, or nothing can be written there.
+    """
+    durable.replace(run.report, page.render(found).encode())
+
+
+def _labels(labels: Labels) -> list[Label]:
+    return [Label(value, labels.name(i, "zh"), labels.name(i, "en")) for i, value in enumerate(labels.values)]
+
+
+def _place(file: str, line: int) -> str:
+    return f"{Path(file).name}:{line}"
+
+
+def _scored(
+    texts: list[str],
+    places: list[str],
+    labels: npt.NDArray[np.int64],
+    logits: npt.NDArray[np.float32],
+    metrics: Mapping[str, Any],
+) -> Scored:
+    temperature = (metrics.get("calibration") or {}).get("temperature")
+    calibrated = softmax(logits / np.float32(temperature)) if temperature else None
+    return Scored(texts, places, labels, softmax(logits), calibrated)
+
+
+def _predictions(run: RunDir, labels: Labels, metrics: Mapping[str, Any]) -> Scored | None:
+    """The rows of predictions.parquet; None where it is not there any more."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not run.predictions.is_file():
+        return None
+    try:
+        table = pq.read_table(run.predictions, columns=["text", "label", "file", "line", "logits"]).combine_chunks()
+        logits = np.asarray(table.column("logits").combine_chunks().flatten(), np.float32)
+        logits = logits.reshape(table.num_rows, len(labels))
+        index = labels.index()
+        truth = np.array([index[label] for label in table.column("label").to_pylist()], np.int64)
+        if not table.num_rows or not np.isfinite(logits).all():
+            raise ValueError(f"they are not rows with {len(labels)} logits each")
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(
+            "run.predictions",
+            f"The stored answers cannot be read: {error}",
+            where=str(run.predictions),
+            mend="bring the file back from a copy; or take it away, and the report goes without it",
+        ) from None
+    files, lines = table.column("file").to_pylist(), table.column("line").to_pylist()
+    places = [_place(file, line) for file, line in zip(files, lines, strict=True)]
+    return _scored(table.column("text").to_pylist(), places, truth, logits, metrics)
+
+
+def _events(run: RunDir) -> dict[str, Any]:
+    """The first start, and the logged training losses by step; a step that was done again counts once."""
+    steps: dict[int, StepLoss] = {}
+    found: dict[str, Any] = {}
+    try:
+        lines = run.events.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+            if event["event"] == "step":
+                steps[event["step"]] = StepLoss(event["step"], event["epoch"], event["loss"])
+            elif event["event"] == "start":
+                found.setdefault("start", event)
+        except (ValueError, KeyError, TypeError):  # half a line, of a process that was killed
+            continue
+    return found | {"steps": [steps[step] for step in sorted(steps)]}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is not there or damaged: the report goes without it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
