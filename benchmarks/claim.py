@@ -1,0 +1,44 @@
+"""LoRA against full fine-tuning and a linear probe, by `trimtab compare`: is a thousandth of the parameters enough?
+
+    python benchmarks/claim.py [--keep DIR] [--tasks imdb-1000,rotten-1000] [--seeds 3] [--rates 3]
+
+1,000 rows of each task, three rates a method, three seeds at the best of them; sealed rows decide. What has finished is
+kept in the folder of --keep. Writes benchmarks/results/claim-KIND.json, KIND = bf16 or avx2, and prints the tables that
+open docs/evidence.md. Needs the extra `demo`.
+"""
+
+import argparse
+from pathlib import Path
+
+from evidence import data
+from record import kind, write
+
+from trimtab import config, trials
+from trimtab.config import MINILM
+
+METHODS = ("lora", "head", "full")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", type=Path, default=Path("runs/evidence"), help="where trials go and are found again")
+    parser.add_argument("--tasks", default="rotten-1000,imdb-1000")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=int, default=3)
+    given = parser.parse_args()
+    plan = trials.Plan(METHODS, given.seeds, given.rates)
+    found = {}
+    for task in given.tasks.split(","):
+        train, sealed = data(task, 0, given.keep, None)
+        layered = config.assemble(
+            "default", {"data.train": (str(train),), "data.test": (str(sealed),), "base.model": MINILM}
+        )
+        out = given.keep / f"claim-{task}"
+        found[task] = trials.run(layered, plan, out=str(out), tell=lambda line: print(line, flush=True))
+        found[task].pop("folder")
+        print("\n".join([f"### {task}", "", *trials.markdown_lines(found[task])]), flush=True)
+    write(f"claim-{kind()}", {"tasks": found})
+
+
+if __name__ == "__main__":
+    main()
