@@ -127,7 +127,7 @@ def trial(task: str, arm: str, seed: int, keep: Path, banking77: Path | None) ->
 def right(task: str, arm: str, seeds: Sequence[int], keep: Path) -> Any:
     """Which sealed rows were answered rightly: bool[seeds, n]."""
     answers = [read_answers(keep / task / arm / str(seed)) for seed in seeds]
-    return np.stack([one.told == one.truth for one in answers])
+    return np.stack([one.rows.told == one.rows.truth for one in answers])
 
 
 def summary(task: str, found: dict[str, dict[str, Any]], keep: Path) -> dict[str, Any]:

@@ -31,7 +31,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, bert: Path, quick_module: Non
     train, evaluation = write_csv(folder / "t.csv", reviews(96)), write_csv(folder / "e.csv", reviews(60))
     return [
         training.train(
-            small(train, bert, data__eval=(str(evaluation),), train__num_epochs=epochs, train__learning_rate=rate),
+            small(
+                train,
+                bert,
+                data__eval=(str(evaluation),),
+                train__num_epochs=epochs,
+                train__learning_rate=rate,
+                train__head_start="random",
+            ),
             out=str(folder / name),
         ).path
         for name, epochs, rate in (("brief", 1, 1e-5), ("learned", 6, 1e-2))

@@ -22,7 +22,7 @@ LAYERS = [
     ["batching", "demo", "preflight", "charts", "markdown"],
     ["forward", "page"],
     ["classification"],
-    ["adapter", "calibration", "resolve"],
+    ["adapter", "calibration", "predictions", "resolve"],
     ["build", "estimate", "predict", "report", "runreport"],
     ["baselines", "comparison", "console", "files", "headstart"],
     ["evaluation", "loop"],

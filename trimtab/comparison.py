@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from trimtab import predictions
 from trimtab.classification import Labels, metrics
 from trimtab.errors import ArtefactError, RecipeError, did_you_mean
 from trimtab.paired import Difference, paired, paired_macro_f1
+from trimtab.predictions import Stored
 from trimtab.rundir import RunDir, locate
 
 METRICS = ("accuracy", "macro_f1")
@@ -24,18 +25,9 @@ class Answers:
     name: str
     """As the user gave the run."""
     labels: Labels
-    texts: tuple[str, ...]
-    truth: npt.NDArray[np.int64]
-    """int64[n]"""
-    logits: npt.NDArray[np.float32]
-    """float32[n, C]"""
+    rows: Stored
     scored_on: str
     """`test` or `eval`."""
-
-    @property
-    def told(self) -> npt.NDArray[np.int64]:
-        """The answers, int64[n]."""
-        return np.asarray(self.logits.argmax(axis=1))
 
 
 def compare(paths: Sequence[str | Path], metric: str = "accuracy") -> dict[str, Any]:
@@ -58,9 +50,9 @@ def compare(paths: Sequence[str | Path], metric: str = "accuracy") -> dict[str, 
     runs = [read_answers(path) for path in paths]
     for run in runs[1:]:
         _check_same_rows(runs[0], run)
-    scores = [metrics(run.logits, run.truth, run.labels.values) for run in runs]
+    scores = [metrics(run.rows.logits, run.rows.truth, run.labels.values) for run in runs]
     return {
-        "rows": len(runs[0].texts),
+        "rows": len(runs[0].rows.texts),
         "metric": metric,
         "scored_on": [run.scored_on for run in runs],
         "runs": [{"name": run.name, **score} for run, score in zip(runs, scores, strict=True)],
@@ -96,8 +88,8 @@ def check_metric(metric: str) -> None:
 def difference(run: Answers, other: Answers, metric: str) -> Difference:
     """The metric of one run minus that of another over the same rows."""
     if metric == "accuracy":
-        return paired(run.told == run.truth, other.told == other.truth)
-    return paired_macro_f1(run.told, other.told, run.truth, len(run.labels))
+        return paired(run.rows.told == run.rows.truth, other.rows.told == other.rows.truth)
+    return paired_macro_f1(run.rows.told, other.rows.told, run.rows.truth, len(run.labels))
 
 
 def read_answers(path: str | Path) -> Answers:
@@ -106,9 +98,6 @@ def read_answers(path: str | Path) -> Answers:
     Raises:
         ArtefactError: there are none, or they are damaged.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     run = RunDir(locate(path))
     if not run.metrics.is_file() or not run.predictions.is_file():
         lacks = " and ".join(file.name for file in (run.metrics, run.predictions) if not file.is_file())
@@ -121,22 +110,15 @@ def read_answers(path: str | Path) -> Answers:
         )
     try:
         scores = json.loads(run.metrics.read_text("utf-8"))
-        labels = Labels(tuple(scores["per_class"]))
-        table = pq.read_table(run.predictions, columns=["text", "label", "logits"])
-        logits = np.array(table.column("logits").to_pylist(), np.float32)
-        truth = np.array([labels.index()[label] for label in table.column("label").to_pylist()])
-        if logits.shape != (len(truth), len(labels)) or not np.isfinite(logits).all():
-            raise ValueError(f"they are not {len(labels)} logits a row")
-        return Answers(
-            str(path), labels, tuple(table.column("text").to_pylist()), truth, logits, str(scores["scored_on"])
-        )
-    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as error:
+        labels, scored_on = Labels(tuple(scores["per_class"])), str(scores["scored_on"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtefactError(
             "compare.answers",
-            f"The stored answers of {path} cannot be read: {type(error).__name__}: {error}",
-            where=str(run.predictions),
+            f"The scores of {path} cannot be read: {type(error).__name__}: {error}",
+            where=str(run.metrics),
             mend="bring the folder back from a copy; or train it again",
         ) from None
+    return Answers(str(path), labels, predictions.read(run.predictions, labels), scored_on)
 
 
 def _check_same_rows(first: Answers, other: Answers) -> None:
@@ -149,31 +131,31 @@ def _check_same_rows(first: Answers, other: Answers) -> None:
             + (f': "{apart[0]}" is known to one alone.' if apart else "."),
             mend=mend,
         )
-    pairs = enumerate(zip(first.texts, first.truth, other.texts, other.truth, strict=False))
+    ours, theirs = first.rows, other.rows
+    pairs = enumerate(zip(ours.texts, ours.truth, theirs.texts, theirs.truth, strict=False))
     unlike = [row for row, (a, label, b, other_label) in pairs if a != b or label != other_label]
-    if len(first.texts) != len(other.texts) or unlike:
+    if len(ours.texts) != len(theirs.texts) or unlike:
         raise ArtefactError(
             "compare.rows",
-            f"{first.name} was judged on {len(first.texts):,} rows and {other.name} on {len(other.texts):,}"
+            f"{first.name} was judged on {len(ours.texts):,} rows and {other.name} on {len(theirs.texts):,}"
             + (f"; row {unlike[0] + 1} is the first that differs." if unlike else "."),
             where="predictions.parquet of both",
             mend=mend,
         )
 
 
-def _changed(before: Answers, after: Answers) -> list[dict[str, str]]:
-    """The rows that are answered otherwise: those that became right first, then those that became wrong."""
-    values = before.labels.values
-    rows = np.flatnonzero(before.told != after.told)
-    worth = (after.told == after.truth).astype(int) - (before.told == before.truth).astype(int)
+def _changed(first: Answers, other: Answers) -> list[dict[str, str]]:
+    """The rows that are answered otherwise: those that became right first, those that became wrong last."""
+    values, before, after, truth = first.labels.values, first.rows.told, other.rows.told, first.rows.truth
+    worth = (after == truth).astype(int) - (before == truth).astype(int)
     return [
         {
-            "text": before.texts[row],
-            "label": values[before.truth[row]],
-            "before": values[before.told[row]],
-            "after": values[after.told[row]],
+            "text": first.rows.texts[row],
+            "label": values[truth[row]],
+            "before": values[before[row]],
+            "after": values[after[row]],
         }
-        for row in sorted(rows, key=lambda row: -worth[row])
+        for row in sorted(np.flatnonzero(before != after), key=lambda row: -worth[row])
     ]
 
 

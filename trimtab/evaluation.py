@@ -1,6 +1,5 @@
-"""A model against labelled rows: `trimtab eval`, the prediction file of a run, and `trimtab verify`."""
+"""A model against labelled rows, and against what it said before: `trimtab eval` and `trimtab verify`."""
 
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -11,12 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab import baselines, data, durable
+from trimtab import baselines, data, predictions
 from trimtab.build import make_ready
-from trimtab.classification import Labels, metrics, softmax
+from trimtab.classification import metrics
 from trimtab.config import RuntimeSettings, load_recipe
-from trimtab.data import Example, text_problem
-from trimtab.errors import ArtefactError, TrimtabError
+from trimtab.errors import TrimtabError
 from trimtab.machine import peak_rss_bytes
 from trimtab.predict import load
 from trimtab.resolve import Part, resolve
@@ -106,33 +104,6 @@ def _baselines(run: RunDir, scored: Part, logits: npt.NDArray[np.float32], base:
     return told | ({"baselines_missing": missing} if missing else {})
 
 
-def write_predictions(
-    path: Path, examples: Sequence[Example], logits: npt.NDArray[np.float32], labels: Labels, temperature: float = 1.0
-) -> None:
-    """predictions.parquet: text, label, predicted_label, predicted_score, file, line and logits of each row.
-
-    The score is a probability under the temperature; logits stand as the model gave them.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    probabilities = softmax(logits / np.float32(temperature))
-    table = pa.table(
-        {
-            "text": [example.text for example in examples],
-            "label": [example.label for example in examples],
-            "predicted_label": [labels.values[i] for i in logits.argmax(axis=1)],
-            "predicted_score": probabilities.max(axis=1),
-            "file": [Path(example.file).name for example in examples],
-            "line": [example.line for example in examples],
-            "logits": pa.array(list(logits), pa.list_(pa.float32())),
-        }
-    )
-    written = io.BytesIO()
-    pq.write_table(table, written)
-    durable.replace(path, written.getvalue())
-
-
 def verify(path: str | Path, *, base: str | None = None) -> Verification:
     """Computes stored logits again: those of the probe sentences, and of a run's first 64 predictions.
 
@@ -148,9 +119,9 @@ def verify(path: str | Path, *, base: str | None = None) -> Verification:
     stored = np.array([logits for _, logits in classifier.adapter.probes], np.float32)
     again = [classifier.logits(classifier.encode(texts))]
     if run.predictions.is_file():
-        said, logits = _predictions(run.predictions, classifier.labels)
-        stored = np.concatenate([stored, logits])
-        again.append(classifier.logits(classifier.encode(said)))
+        said = predictions.read(run.predictions, classifier.labels, _CHECKED_ROWS)
+        stored = np.concatenate([stored, said.logits])
+        again.append(classifier.logits(classifier.encode(said.texts)))
     computed = np.concatenate(again)
     exact = classifier.adapter.computed_in == classifier.engine.dtype == "float32"
     tolerance = (_EXACT if exact else _ROUNDED) * max(1.0, float(np.abs(stored).max()))
@@ -162,31 +133,3 @@ def verify(path: str | Path, *, base: str | None = None) -> Verification:
         bool((stored.argmax(axis=1) == computed.argmax(axis=1))[clear].all()),
         tolerance,
     )
-
-
-def _predictions(file: Path, labels: Labels) -> tuple[list[str], npt.NDArray[np.float32]]:
-    """The first texts of predictions.parquet and their logits, float32[n, C], which stand for the labels there."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(file, columns=["text", "predicted_label", "logits"]).slice(0, _CHECKED_ROWS)
-        texts = table.column("text").to_pylist()
-        logits = np.array(table.column("logits").to_pylist(), np.float32)
-        if (
-            logits.shape != (len(texts), len(labels))
-            or not texts
-            or not np.isfinite(logits).all()
-            or any(text_problem(text) for text in texts)
-        ):
-            raise ValueError(f"they are not texts with {len(labels)} logits each")
-        if table.column("predicted_label").to_pylist() != [labels.values[i] for i in logits.argmax(axis=1)]:
-            raise ValueError("their labels are not the adapter's, or stand in another order")
-        return texts, logits
-    except (OSError, pa.ArrowException, ValueError, TypeError) as error:
-        raise ArtefactError(
-            "run.predictions",
-            f"The stored answers cannot be read: {error}",
-            where=str(file),
-            mend="bring the file back from a copy; or verify the adapter folder alone",
-        ) from None

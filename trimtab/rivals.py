@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab import baselines, calibration, config, durable, interrupts, rundir
+from trimtab import baselines, calibration, config, durable, interrupts, predictions, rundir
 from trimtab.build import make_ready
 from trimtab.classification import compute_logits, metrics
-from trimtab.evaluation import write_predictions
 from trimtab.forward import stock
 from trimtab.loop import run_loop
 from trimtab.machine import peak_rss_bytes
@@ -40,7 +39,7 @@ def run(folder: Path) -> None:
     with interrupts.heard(), interrupts.postponed(), rundir.only_writer(there):
         found = _full(there, job) if asked["method"] == "full" else _head(job, float(asked["c"]))
         assert job.test is not None
-        write_predictions(there.predictions, job.test.examples, found.pop("logits"), job.labels)
+        predictions.write(there.predictions, job.test.examples, found.pop("logits"), job.labels)
         rundir.write_json(there.metrics, found | {"scored_on": "test", "peak_rss_bytes": peak_rss_bytes()})
     shutil.rmtree(there.checkpoints, ignore_errors=True)  # hundreds of MB, of use to nobody any more
 

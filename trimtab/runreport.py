@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab import durable, findings, markdown, page
+from trimtab import durable, findings, markdown, page, predictions
 from trimtab.classification import Labels, make_labels, softmax
 from trimtab.config import load_recipe
 from trimtab.data import Example
 from trimtab.errors import ArtefactError
 from trimtab.findings import Findings, Label, Scored, StepLoss
+from trimtab.predictions import Stored
 from trimtab.resolve import Job
 from trimtab.rundir import RunDir, locate
 
@@ -43,10 +44,12 @@ def card(
         metrics,
         labels=_labels(job.labels),
         scored=_scored(
-            [example.text for example in examples],
-            [_place(example.file, example.line) for example in examples],
-            np.array([index[example.label] for example in examples], np.int64),
-            logits,
+            Stored(
+                tuple(example.text for example in examples),
+                tuple(predictions.place(example.file, example.line) for example in examples),
+                np.array([index[example.label] for example in examples], np.int64),
+                logits,
+            ),
             metrics,
         ),
         data_report=job.data_report,
@@ -118,47 +121,18 @@ def _labels(labels: Labels) -> list[Label]:
     return [Label(value, labels.name(i, "zh"), labels.name(i, "en")) for i, value in enumerate(labels.values)]
 
 
-def _place(file: str, line: int) -> str:
-    return f"{Path(file).name}:{line}"
-
-
-def _scored(
-    texts: list[str],
-    places: list[str],
-    labels: npt.NDArray[np.int64],
-    logits: npt.NDArray[np.float32],
-    metrics: Mapping[str, Any],
-) -> Scored:
+def _scored(stored: Stored, metrics: Mapping[str, Any]) -> Scored:
     temperature = (metrics.get("calibration") or {}).get("temperature")
-    calibrated = softmax(logits / np.float32(temperature)) if temperature else None
-    return Scored(texts, places, labels, softmax(logits), calibrated)
+    calibrated = softmax(stored.logits / np.float32(temperature)) if temperature else None
+    return Scored(stored.texts, stored.places, stored.truth, softmax(stored.logits), calibrated)
 
 
 def _predictions(run: RunDir, labels: Labels, metrics: Mapping[str, Any]) -> Scored | None:
     """The rows of predictions.parquet; None where it is not there any more."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if not run.predictions.is_file():
         return None
-    try:
-        table = pq.read_table(run.predictions, columns=["text", "label", "file", "line", "logits"]).combine_chunks()
-        logits = np.asarray(table.column("logits").combine_chunks().flatten(), np.float32)
-        logits = logits.reshape(table.num_rows, len(labels))
-        index = labels.index()
-        truth = np.array([index[label] for label in table.column("label").to_pylist()], np.int64)
-        if not table.num_rows or not np.isfinite(logits).all():
-            raise ValueError(f"they are not rows with {len(labels)} logits each")
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(
-            "run.predictions",
-            f"The stored answers cannot be read: {error}",
-            where=str(run.predictions),
-            mend="bring the file back from a copy; or take it away, and the report goes without it",
-        ) from None
-    files, lines = table.column("file").to_pylist(), table.column("line").to_pylist()
-    places = [_place(file, line) for file, line in zip(files, lines, strict=True)]
-    return _scored(table.column("text").to_pylist(), places, truth, logits, metrics)
+    stored = predictions.read(run.predictions, labels)
+    return _scored(stored, metrics)
 
 
 def _events(run: RunDir) -> dict[str, Any]:

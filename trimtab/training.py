@@ -33,6 +33,7 @@ from trimtab import (
     estimate,
     evaluation,
     interrupts,
+    predictions,
     rundir,
     runreport,
     search,
@@ -43,7 +44,6 @@ from trimtab.config import MINILM, Layered
 from trimtab.data import Reject
 from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError, TrimtabError
 from trimtab.estimate import Estimate
-from trimtab.evaluation import write_predictions
 from trimtab.forward import Engine, Forward
 from trimtab.headstart import start_head
 from trimtab.hub import find_base
@@ -390,7 +390,7 @@ def _run(
     if run.metrics.exists():  # of a run that lost a file since: from here on it is not finished
         run.metrics.unlink()
         durable.sync_folder(run.path)
-    write_predictions(run.predictions, scored.examples, logits, job.labels, temperature)
+    predictions.write(run.predictions, scored.examples, logits, job.labels, temperature)
     shutil.rmtree(run.adapter, ignore_errors=True)  # of an earlier process that was stopped, or damaged since
     adapter.write(
         run.adapter,

@@ -325,7 +325,7 @@ def _compare(folder: Path, done: dict[str, list[Trial]], plan: Plan) -> dict[str
     methods: list[dict[str, Any]] = []
     for method, trials in done.items():
         answers: list[Answers] = [read_answers(folder / "trials" / trial.name) for trial in trials]
-        right[method] = np.stack([one.told == one.truth for one in answers])
+        right[method] = np.stack([one.rows.told == one.rows.truth for one in answers])
         metrics = [json.loads(RunDir(folder / "trials" / trial.name).metrics.read_text("utf-8")) for trial in trials]
         mean, ci95 = mean_over_seeds(right[method].astype(np.float64))
         accuracies = right[method].mean(axis=1)
