@@ -47,12 +47,12 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def wild() -> str:
     """The largest page: many rows and labels, each of them long and hostile."""
-    return page.render(sample(20_000, 77, text=HOSTILE * 20, label=HOSTILE * 20))
+    return page.render(sample(20_000, 77, text=HOSTILE * 20, label=HOSTILE * 20, base=HOSTILE, run=f"/{HOSTILE}"))
 
 
 def test_it_stays_small_whatever_the_data(wild: str) -> None:
     assert len(wild.encode()) < LARGEST_BYTES
-    quotes = page.render(sample(3_000, 200, text="'" * 5_000, label="'" * 5_000))  # an escape of five bytes each
+    quotes = page.render(sample(2_000, 1_000, text="'" * 5_000, label="'" * 5_000))  # an escape of five bytes each
     assert len(quotes.encode()) < LARGEST_BYTES
     many = {f"/data/{i}.csv": "60" * 32 for i in range(5_000)}
     files = sample(recipe=sample().recipe.model_copy(update={"sha256": many}))

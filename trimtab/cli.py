@@ -399,13 +399,13 @@ def report(
 ) -> None:
     """Print the report of a finished run, and write its report.html anew."""
     from trimtab import markdown, runreport
-    from trimtab.rundir import RunDir
+    from trimtab.rundir import RunDir, locate
 
     if lang not in ("en", "zh"):
         raise RecipeError("usage", f'--lang is en or zh, not "{lang}".', mend="--lang zh")
     found = runreport.read(path)
     print(markdown.report(found, lang), end="")
-    run = RunDir(Path(found.run))
+    run = RunDir(locate(path))
     runreport.write(run, found)
     print(f"as a page: {_shown(run.report)}", file=sys.stderr)
 

@@ -278,6 +278,7 @@ class Findings:
     """All of it."""
 
     run: str
+    """The name of its directory; empty: not told."""
     started: float | None
     """Seconds since 1970; None: not known, or not told."""
     base: str
@@ -335,7 +336,7 @@ def find(
     mistakes, mistake_rows = worst_mistakes(scored) if scored else ((), 0)
     doubts, doubt_rows = label_doubts(scored) if scored else ((), 0)
     return Findings(
-        run=run,
+        run=shown(PurePath(run).name, _LONGEST_NAME),
         started=started,
         base=shown(base, _LONGEST_NAME),
         labels=tuple(
@@ -697,13 +698,14 @@ def _repeat(recipe: Recipe, base: str, environment: Mapping[str, Any], run: str)
         flags += ["--base", base]
     flags += [word for key, (value, _) in differ.items() for word in ("--set", f"{key}={value}")]
     command = shlex.join(flags)
+    from_run = shlex.join(["trimtab", "train", "--recipe", str(PurePath(run) / "recipe.toml")])
     sums = [
         (shown(base if path == recipe.base.model else PurePath(path).name, _LONGEST_NAME), digest)
         for path, digest in sorted(recipe.sha256.items(), key=lambda one: one[0] != recipe.base.model)  # the base first
     ]
     return Repeat(
         command=command if len(command) <= _LONGEST_COMMAND and command.isprintable() else "",
-        from_run=f"trimtab train --recipe {shlex.quote(str(PurePath(run) / 'recipe.toml'))}" if run else "",
+        from_run=from_run if run and from_run.isprintable() else "",
         settings=tuple(
             (key, shown(value, _LONGEST_TEXT), shown(default, _LONGEST_TEXT))
             for key, (value, default) in differ.items()

@@ -139,10 +139,8 @@ def _events(run: RunDir) -> dict[str, Any]:
     """The first start, and the logged training losses by step; a step that was done again counts once."""
     steps: dict[int, StepLoss] = {}
     found: dict[str, Any] = {}
-    try:
-        lines = run.events.read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
+    # A link to a device has no end.
+    lines = run.events.read_bytes().split(b"\n") if run.events.is_file() else []
     for line in lines:
         try:
             event = json.loads(line)
@@ -158,7 +156,7 @@ def _events(run: RunDir) -> dict[str, Any]:
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is not there or damaged: the report goes without it."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
