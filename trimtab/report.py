@@ -108,8 +108,11 @@ def model_card(job: Job, scores: Mapping[str, Any], epoch: int, parameters: Mapp
             "",
             f"Base: {job.base.hub_id or job.base.folder.name}, weights sha256 `{job.base.weights_sha256}`.",
             f"{recipe.lora.variant} r={recipe.lora.r}, lora_alpha={recipe.lora.lora_alpha} on "
-            f"{', '.join(recipe.lora.target_modules)}: {parameters['trainable']:,} trained parameters, "
+            f"{', '.join(recipe.lora.target_modules)}"
+            + (f" of the top {recipe.lora.top} layers" if recipe.lora.top else "")
+            + f": {parameters['trainable']:,} trained parameters, "
             f"of them {parameters['lora']:,} LoRA and {parameters['head']:,} head.",
+            *([f"Started from the adapter with sha256 `{job.warm_start.adapter.sha256}`."] if job.warm_start else []),
             f"Trained on {len(job.train.examples):,} rows, {recipe.train.num_epochs} epochs, "
             f"batches of {recipe.train.batch_size}, learning rate {recipe.train.learning_rate:g}, "
             f"texts cut at {recipe.data.max_length} tokens.",
