@@ -133,7 +133,9 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "lora.lora_dropout": FRACTION,
     "lora.target_modules": st.sampled_from(["all-linear", "query-value"]) | st.lists(TEXT, min_size=1).map(tuple),
     "lora.modules_to_save": st.just("auto") | st.lists(TEXT).map(tuple),
+    "lora.layers": st.just("all") | st.integers(1).map("top:{}".format),
     "lora.variant": st.sampled_from(["lora", "rslora", "dora"]),
+    "lora.init_from": TEXT,
     "train.num_epochs": st.just("auto") | st.integers(1),
     "train.batch_size": st.integers(1),
     "train.gradient_accumulation_steps": st.integers(1),
@@ -154,6 +156,8 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "runtime.threads": st.integers(0, 4_096),
     "runtime.fast": st.sampled_from(["auto", "on", "off"]),
     "runtime.dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
+    "runtime.trunk_cache": st.sampled_from(["auto", "on", "off"]),
+    "runtime.trunk_cache_gb": st.floats(0, exclude_min=True, allow_infinity=False),
 }
 
 
@@ -265,6 +269,8 @@ def test_no_table_is_proposed_where_a_setting_is_wanted(key: str) -> None:
         "data.names=0=", "data.seed=-1", "data.text=1",
         "data.train=3", "data.bad_rows=maybe", "base.dropout=1.5", "base.dropout=-0.1", "base.dropout=cfg", "lora.r=0",
         "lora.r=8.5", "lora.r=", "lora.r=true", "lora.lora_alpha=0", "lora.lora_dropout=1", "lora.variant=qlora",
+        "lora.layers=top:0", "lora.layers=top", "lora.layers=top:-1", "lora.layers=4", "lora.layers=bottom:2",
+        "runtime.trunk_cache=yes", "runtime.trunk_cache_gb=0",
         "train.num_epochs=0", "train.num_epochs=-1", "train.num_epochs=2.5", "train.batch_size=0",
         "train.learning_rate=0", "train.learning_rate=-1e-3", "train.learning_rate=nan", "train.learning_rate=true",
         "train.learning_rate=fast", "train.weight_decay=-1", "train.warmup_ratio=1", "train.max_grad_norm=-1",

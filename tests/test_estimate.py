@@ -30,7 +30,7 @@ A_RUN = Estimate(
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose speed is known."""
-    monkeypatch.setattr(estimate, "measure", lambda job, model, engine: STEADY)
+    monkeypatch.setattr(estimate, "measure", lambda job, model, engine, trunk: STEADY)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("5m", 300), ("1h30m", 5_400), (" 1H 5m 3s ", 3_903)])
@@ -84,9 +84,9 @@ def test_padding_costs_time_where_it_is_computed(csv_file: Path, bert: Path) -> 
     ready = training.make_ready(training.resolve(small(csv_file, bert)))
     short, long = estimate.work(ready.model, lengths)
     assert long > 4 * short, "pairs of tokens count too"
-    fast = estimate.estimate(ready.job, ready.model, ready.engine, STEADY)
+    fast = estimate.estimate(ready.job, ready.model, ready.engine, ready.trunk, STEADY)
     slow = training.make_ready(training.resolve(small(csv_file, bert, runtime__fast="off")))
-    stock = estimate.estimate(slow.job, slow.model, slow.engine, STEADY)
+    stock = estimate.estimate(slow.job, slow.model, slow.engine, slow.trunk, STEADY)
     assert stock.train_seconds > fast.train_seconds
     assert fast.steps == 2 * 6
     assert fast.train_seconds == pytest.approx(2 * (fast.epoch_seconds + fast.eval_seconds))
@@ -97,7 +97,7 @@ def test_trying_a_batch_out_changes_no_byte(csv_file: Path, bert: Path, tmp_path
     tried = training.train(recipe, out=str(tmp_path / "tried"))
     assert tried.metrics["estimated_train_seconds"] > 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "measure", lambda job, model, engine: STEADY)
+        patch.setattr(estimate, "measure", lambda job, model, engine, trunk: STEADY)
         untried = training.train(recipe, out=str(tmp_path / "untried"))
     assert contents(tried.adapter) == contents(untried.adapter)
 

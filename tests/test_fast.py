@@ -28,7 +28,7 @@ from trimtab.fast.layer import Group, Layer
 from trimtab.fast.workspace import Workspace
 from trimtab.hub import find_base
 from trimtab.machine import has_bf16, processor
-from trimtab.model import head_modules, inject, load_base, load_config, resolve_targets, trainable
+from trimtab.model import head_modules, inject, load_base, load_config, on_layers, resolve_targets, trainable
 from trimtab.tokens import Encoded
 
 TEXTS = ["a great film", "boring", "the plot is not very good " * 9, "an awful film", "dull dull", "i love it " * 8]
@@ -66,7 +66,8 @@ def make_model(
     head = head_modules(base.model, base.new_parameters)
     settings = LoraSettings(**lora)
     head += [name for name in settings.also_saved if name not in head]
-    model = inject(base.model, settings, resolve_targets(base.model, targets, head), head, "base")
+    names = on_layers(base.model, resolve_targets(base.model, targets, head), settings, head)
+    model = inject(base.model, settings, names, head, "base")
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -99,6 +100,14 @@ def test_logits_and_gradients_are_those_of_transformers_and_peft(
 ) -> None:
     model, encoded = make_model(folders(kind), targets)
     logit, gradient = compare(model, encoded, rows, model.config.pad_token_id)
+    assert logit < 1e-5
+    assert gradient < 1e-4
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_lora_on_the_top_layer_alone(folders: Callable[[str], Path], kind: str) -> None:
+    model, encoded = make_model(folders(kind), layers="top:1")
+    logit, gradient = compare(model, encoded, ROWS, model.config.pad_token_id)
     assert logit < 1e-5
     assert gradient < 1e-4
 

@@ -23,17 +23,22 @@ from conftest import built
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from trimtab import adapter, config, tokens
+from trimtab import adapter, config, predict, tokens, training
 from trimtab.classification import compute_logits, loss_sum
+from trimtab.config import LoraSettings
 from trimtab.errors import BaseModelError, RecipeError
+from trimtab.fast import encoder
 from trimtab.forward import stock
 from trimtab.model import (
+    by_layers,
     count,
     empty_model,
     head_modules,
+    inject,
     load_base,
     load_config,
     longest_input,
+    on_layers,
     outside_blocks,
     resolve_targets,
     trainable,
@@ -230,6 +235,86 @@ def test_a_trained_adapter_answers_the_same_after_loading_here_and_by_plain_peft
 
     np.testing.assert_allclose(logits_over_another_seed(folder, job), after, rtol=0, atol=1e-6)
     np.testing.assert_allclose(logits_by_plain_peft(folder, job), after, rtol=0, atol=1e-4)
+
+
+# LoRA on the top layers
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "albert"])
+def test_lora_on_the_top_layers_counts_answers_and_loads_everywhere(
+    base: Callable[[str], Path], make_job: Callable[..., Job], tmp_path: Path, kind: str
+) -> None:
+    job = make_job(base(kind), "lora.layers=top:1")
+    model, head, parameters = built(job)
+    names = {name.partition(".lora_A")[0] for name in trainable(model) if ".lora_A." in name}
+    assert names
+    assert all({part for part in name.split(".") if part.isdigit()} == {"1"} for name in names)
+    assert {f"base_model.model.{name}" for name in parameters["layers"]} == names
+    everywhere = built(make_job(base(kind)))[2]
+    assert 2 * parameters["lora"] == everywhere["lora"]
+    assert training.count_parameters(job.layered, 2)["lora"] == parameters["lora"]
+    train_two_steps(model, job)
+    after = logits_of(model, job)
+
+    folder = save(tmp_path / "adapter", model, job, head)
+
+    np.testing.assert_allclose(logits_over_another_seed(folder, job), after, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(logits_by_plain_peft(folder, job), after, rtol=0, atol=1e-4)
+    quick = predict.load(folder)
+    assert quick.engine.name == ("fast" if kind in encoder.LAYOUTS else "stock")
+    np.testing.assert_allclose(quick.logits(quick.encode(TEXTS)), after, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", DECODER])
+def test_layers_are_read_back_from_the_names_of_an_adapter(base: Callable[[str], Path], kind: str) -> None:
+    model = skeleton(base(kind))
+    head = head_modules(model, outside_blocks(model))
+    targets = resolve_targets(model, "query-value", head)
+    lora = LoraSettings(layers="top:1")
+    names = on_layers(model, targets, lora, head)
+    suffixes, layers = by_layers(model, names, head)
+    assert layers == "top:1"
+    assert on_layers(model, suffixes, lora, head) == names
+    assert by_layers(model, targets, head) == (targets, "all")
+    odd = (*names, *(name.replace(".1.", ".0.") for name in names[:1]))
+    assert by_layers(model, odd, head)[1] == ("all" if len(names) > 1 else "top:2")
+
+
+def test_a_long_list_of_targets_is_recorded_as_it_was_told(tmp_path: Path) -> None:
+    """From 20 names on, peft would write endings of its own choice."""
+    model = empty_model(AutoConfig.for_model("bert", num_hidden_layers=6, vocab_size=50, hidden_size=8,
+                                             num_attention_heads=2, intermediate_size=16))  # fmt: skip
+    head = head_modules(model, outside_blocks(model))
+    lora = LoraSettings(layers="top:4")
+    names = on_layers(model, resolve_targets(model, "all-linear", head), lora, head)
+    assert len(names) == 24
+    injected = inject(model, lora, names, head, "base")
+    assert injected.peft_config["default"].target_modules == set(names)
+    adapted_ = {name.partition(".lora_A")[0] for name, _ in injected.named_modules() if name.endswith(".lora_A")}
+    assert adapted_ == {f"base_model.model.{name}" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        ("bert", ["lora.layers=top:3"], ["bert has 2 layers here, and 3 were asked for", "lora.layers=top:2"]),
+        ("albert", ["lora.layers=top:1"], ["albert computes 2 layers with the weights of 1", "lora.layers=all"]),
+        ("bert", ["lora.layers=top:1", "lora.target_modules=layer.0.output.dense"], ["None of layer.0.output.dense"]),
+    ],
+)
+def test_layers_that_cannot_be_are_refused_before_anything_is_loaded(
+    base: Callable[[str], Path], make_job: Callable[..., Job], kind: str, settings: list[str], told: list[str]
+) -> None:
+    with pytest.raises(RecipeError) as refused:
+        make_job(base(kind), *settings)
+    assert all(word in str(refused.value) for word in told), str(refused.value)
+
+
+def test_layers_in_two_rows_have_no_top() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 40}
+    model = empty_model(AutoConfig.for_model("bart", **sizes, encoder_attention_heads=2, decoder_attention_heads=2))
+    with pytest.raises(RecipeError, match="not numbered in one row"):
+        on_layers(model, ("q_proj",), LoraSettings(layers="top:1"), ["classification_head"])
 
 
 # Bases that bring more, less, or something else

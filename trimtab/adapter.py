@@ -26,7 +26,7 @@ from trimtab.config import LoraSettings, RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError, some
 from trimtab.fast import encoder
 from trimtab.forward import Engine, Forward, choose, fast, fast_dtype
-from trimtab.hub import Base, find_base, find_recorded_base, weight_files
+from trimtab.hub import Base, find_base, find_recorded_base, joint_sha256, weight_files
 from trimtab.tokens import Tokenizer
 
 SCHEMA_VERSION = 1
@@ -76,6 +76,12 @@ class Adapter:
     """What logits are divided by before they become probabilities."""
     tensors_sha256: str
     """Of adapter_model.safetensors."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the adapter as a whole: its tensors and both of its descriptions."""
+        names = (untrusted.TENSORS, "adapter_config.json", "trimtab.json")
+        return joint_sha256(*(self.folder / name for name in names))
 
     @property
     def tensors_are_as_written(self) -> bool:
@@ -301,7 +307,8 @@ def load_engine(adapter: Adapter, base: Base, device: torch.device, settings: Ru
             stored, fit = _base_tensors(base), _fit(adapter)
             tensors = _read_tensors(adapter, encoder.adapter_shapes(config, stored, **fit))
             classifier = encoder.of_files(config, stored, tensors, scaling=adapter.lora.scaling, dtype=dtype, **fit)
-            return Engine(fast(classifier), "fast", "on a CPU, from files", str(dtype).removeprefix("torch."))
+            name = str(dtype).removeprefix("torch.")
+            return Engine(fast(classifier), "fast", "on a CPU, from files", name, encoder=classifier)
         except (OSError, ValueError, ArtefactError):  # NotSupported too; what is wrong is said on the long way
             pass
     model = load_model(adapter, base).to(device)
@@ -346,7 +353,43 @@ def load_model(adapter: Adapter, base: Base) -> Any:
     """
     import peft
 
-    from trimtab.model import empty_model, inject, load_base, load_config, longest_input
+    from trimtab.model import inject, load_base, load_config
+
+    tensors = read_tensors(adapter, base)
+    config = load_config(base.folder, num_labels=len(adapter.labels), dropout="config", pad_id=adapter.tokenizer.pad_id)
+    fit = (adapter.lora, adapter.lora.target_modules, adapter.head, base.recorded_as)
+    model = inject(load_base(base.folder, config).model, *fit)
+    peft.set_peft_model_state_dict(model, tensors)
+    model.eval()
+    return model
+
+
+def start_from(model: Any, adapter: Adapter, base: Base, *, factor: float, with_head: bool) -> None:
+    """Gives a peft model the A and B of an adapter over the same base, and its head where asked for.
+
+    B is multiplied by `factor`, so that another scaling of B A starts at the same answers.
+
+    Raises:
+        ArtefactError: a tensor is missing, extra, of another shape or not finite.
+    """
+    import peft
+
+    tensors = read_tensors(adapter, base)
+    taken = {name: tensor for name, tensor in tensors.items() if with_head or ".lora_" in name}
+    scaled = {name: tensor * factor for name, tensor in taken.items() if ".lora_B." in name}
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    peft.set_peft_model_state_dict(model, own | taken | scaled)
+
+
+def read_tensors(adapter: Adapter, base: Base) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter by peft's names, checked against its base and its own description.
+
+    Raises:
+        ArtefactError: a tensor is missing, extra, of another shape or not finite, or the description fits no base.
+    """
+    import peft
+
+    from trimtab.model import empty_model, inject, load_config, longest_input
 
     config = load_config(base.folder, num_labels=len(adapter.labels), dropout="config", pad_id=adapter.tokenizer.pad_id)
     fit = (adapter.lora, adapter.lora.target_modules, adapter.head, base.recorded_as)
@@ -368,11 +411,7 @@ def load_model(adapter: Adapter, base: Base) -> Any:
             mend="copy the whole adapter folder again",
         )
     expected = peft.get_peft_model_state_dict(skeleton, save_embedding_layers=False)
-    tensors = _read_tensors(adapter, {name: tuple(tensor.shape) for name, tensor in expected.items()})
-    model = inject(load_base(base.folder, config).model, *fit)
-    peft.set_peft_model_state_dict(model, tensors)
-    model.eval()
-    return model
+    return _read_tensors(adapter, {name: tuple(tensor.shape) for name, tensor in expected.items()})
 
 
 def _as_json(value: object) -> bytes:

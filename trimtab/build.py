@@ -1,14 +1,19 @@
 """Job -> a model that can be trained, and what computes its logits."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from trimtab.forward import Engine, choose
+from trimtab import adapter
+from trimtab.errors import RecipeError, some
+from trimtab.forward import Engine, Forward, choose
 from trimtab.machine import give_back_freed_memory
-from trimtab.model import count, head_modules, inject, load_base
-from trimtab.resolve import Job
+from trimtab.model import count, head_modules, inject, load_base, on_layers
+from trimtab.resolve import Job, WarmStart
+from trimtab.trunk import Trunk, choose_trunk, load_trunk
 
 
 @dataclass(frozen=True)
@@ -24,17 +29,66 @@ class Ready:
     parameters: dict[str, Any]
     """The parameter report."""
     engine: Engine
+    trunk: Trunk
+    """Which layers are read and not computed."""
+    forward: Forward
+    """The loop's: the engine's own, or from kept states. Answers that are stored are the engine's."""
+    trunk_seconds: float = 0.0
+    """What finding or making the kept states took."""
+
+    @property
+    def line(self) -> str:
+        """Where and by what the run is computed, for people."""
+        return ", ".join(filter(None, (self.job.placement.line, self.engine.line, self.trunk.line)))
 
 
 def make_ready(job: Job) -> Ready:
-    """Builds the model of a job and chooses its forward; a function of the job and its seed."""
+    """Builds the model of a job and chooses its forward; a function of the job and its seed.
+
+    Raises:
+        TrimtabError: base, adapter or settings cannot be.
+    """
     recipe = job.recipe
     give_back_freed_memory()  # the files have been read, the model has not been built
     torch.manual_seed(recipe.train.seed)
     loaded = load_base(job.base.folder, job.model_config)
     head = head_modules(loaded.model, loaded.new_parameters, recipe.lora.also_saved)
-    targets = recipe.lora.target_modules
+    targets = on_layers(loaded.model, recipe.lora.target_modules, recipe.lora, head)
     parameters = count(loaded.model, recipe.lora, targets, head).as_dict()
     model = inject(loaded.model, recipe.lora, targets, head, job.base.recorded_as).to(job.placement.device)
+    head_is_new = bool(loaded.new_parameters)
+    if warm := job.warm_start:
+        _check_head(warm, head)
+        adapter.start_from(model, warm.adapter, job.base, factor=warm.factor, with_head=warm.with_head)
+        head_is_new = not warm.with_head
     engine = choose(model, job.tokenizer.pad_id, job.placement.device, recipe.runtime)
-    return Ready(job, model, head, bool(loaded.new_parameters), parameters, engine)
+    return Ready(job, model, head, head_is_new, parameters, engine, choose_trunk(job, engine), engine.forward)
+
+
+def _check_head(warm: WarmStart, head: Sequence[str]) -> None:
+    """What is trained in full is known once the base's weights are.
+
+    Raises:
+        RecipeError: the adapter's head is to be taken, and is made of other modules.
+    """
+    if warm.with_head and set(head) != set(warm.adapter.head):
+        raise RecipeError(
+            "lora.modules_to_save",
+            f"The adapter to start from was trained in full in {some(warm.adapter.head)}, this run trains {some(head)}.",
+            where=f"lora.init_from = {warm.adapter.folder}",
+            mend=f"--set lora.modules_to_save={','.join(warm.adapter.head)}",
+        )
+
+
+def with_trunk(ready: Ready, observe: Callable[[Mapping[str, Any]], None]) -> Ready:
+    """With the kept states that the run reads, found or made now, and with what `auto` came to in its recipe.
+
+    It is settled before the run has a folder: whatever a run reads, it reads in its first step and when it is resumed.
+    """
+    began = time.monotonic()
+    trunk, forward = load_trunk(ready.job, ready.engine, ready.trunk, observe)
+    job = ready.job
+    if job.recipe.runtime.trunk_cache != trunk.settled:
+        layered = job.layered.override({"runtime.trunk_cache": trunk.settled}, f"auto: {trunk.reason}")
+        job = replace(job, layered=layered)
+    return replace(ready, job=job, trunk=trunk, forward=forward, trunk_seconds=time.monotonic() - began)

@@ -8,6 +8,7 @@ recipe file states only what differs. Recipes hold values, never code; unknown k
 import json
 import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,13 @@ def _as_targets(value: object) -> object:
 
 def _as_modules(value: object) -> object:
     return value if value == "auto" else _as_tuple(value)
+
+
+def _as_layers(value: object) -> object:
+    """`all`, or `top:4` with at least one layer."""
+    if not isinstance(value, str) or not re.fullmatch(r"all|top:0*[1-9][0-9]*", value, re.ASCII):
+        raise ValueError('"all", or "top:4" for the top 4 layers, with at least one')
+    return value
 
 
 def _as_names(value: object) -> object:
@@ -111,7 +119,18 @@ class LoraSettings(Section):
     modules_to_save: Annotated[tuple[str, ...] | Auto, BeforeValidator(_as_modules)] = Field(
         "auto", description="Modules trained in full; auto: those that the base did not bring, the head."
     )
+    layers: Annotated[str, BeforeValidator(_as_layers)] = Field(
+        "all", description="Layers that get LoRA: all, or top:4 for the 4 nearest to the head."
+    )
     variant: Literal["lora", "rslora", "dora"] = Field("lora", description="lora, rslora or dora.")
+    init_from: str = Field(
+        "", description="A run or an adapter whose A and B training starts from, and its head where the labels fit."
+    )
+
+    @property
+    def top(self) -> int:
+        """How many layers get LoRA, counted from the head; 0: all."""
+        return 0 if self.layers == "all" else int(self.layers.removeprefix("top:"))
 
     @property
     def also_saved(self) -> tuple[str, ...]:
@@ -162,6 +181,10 @@ class RuntimeSettings(Section):
     threads: int = Field(0, ge=0, le=4096, description="CPU threads; 0: OMP_NUM_THREADS, else the cores we may use.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the fast forward; auto: float32.")
     fast: Literal["auto", "on", "off"] = Field("auto", description="The fast forward of the BERT family on a CPU.")
+    trunk_cache: Literal["auto", "on", "off"] = Field(
+        "auto", description="Frozen layers below LoRA computed once and kept; auto: from 2 epochs on, where it fits."
+    )
+    trunk_cache_gb: float = Field(10.0, gt=0, description="Most that kept layers take on the disk, all runs together.")
 
 
 class Recipe(Section):

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from trimtab.report import calibration_lines, data_lines, parameter_lines, score_line, verdict_lines
+from trimtab.trunk import size_text
 from trimtab.wording import duration
 
 _SPARSE_S = 10.0  # seconds between two step lines where there is no live line
@@ -67,6 +68,8 @@ class _LiveLine:
 
 
 def _progress_text(event: Mapping[str, Any]) -> str:
+    if "kept" in event:
+        return f"  lower layers of {event['kept']:,} of {event['rows']:,} rows"
     if "evaluated" in event:
         return f"  evaluating {event['evaluated']:,} of {event['eval_rows']:,} rows"
     share = event["step"] / event["steps"]
@@ -87,6 +90,8 @@ def event_lines(event: Mapping[str, Any]) -> list[str]:
         return [f"head    {event['text']}"]
     if kind == "search":
         return [f"search  {event['text']}"]
+    if kind == "trunk":
+        return [_trunk_line(event)]
     if kind == "resume":
         return [f"resume  from {event['path']}"]
     if kind == "forecast":
@@ -110,6 +115,17 @@ def event_lines(event: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def _trunk_line(event: Mapping[str, Any]) -> str:
+    """What goes to the cache or comes from it."""
+    layers = f"the lower {event['depth']} of {event['layers']} layers of {event['rows']:,} rows"
+    if not event["bytes_written"]:
+        return f"trunk   {layers}: {size_text(event['bytes'])} are in {event['folder']} already"
+    return (
+        f"trunk   {layers}, computed once: {size_text(event['bytes_written'])} go to {event['folder']}, where "
+        f"{size_text(event['limit_bytes'])} may lie (runtime.trunk_cache=off keeps nothing)"
+    )
+
+
 def _start_lines(event: Mapping[str, Any]) -> list[str]:
     recipe = event["recipe"]
     labels = event["labels"]
@@ -122,6 +138,7 @@ def _start_lines(event: Mapping[str, Any]) -> list[str]:
         *(f"        {line}" for line in data_lines(event["data"], whole=False)),
         f"labels  {len(labels)}: {shown}",
         f"base    {event['base_line']}",
+        *([f"from    {event['warm_start']}"] if event["warm_start"] else []),
         f"on      {event['placement']}",
         *(f"        {line}" for line in parameter_lines(event["parameters"])),
         f"plan    {recipe['train']['num_epochs']} epochs of {event['steps_per_epoch']:,} steps, batches of "
@@ -153,7 +170,9 @@ def _cost_lines(event: Mapping[str, Any]) -> list[str]:
         lines.append(f"budget  {chosen}")
     if found := event["estimate"]:
         lines.append(
-            f"        about {duration(found['train_seconds'])} of training and {found['peak_bytes'] / 1e9:.1f} GB of "
+            f"        about {duration(found['trunk_seconds'] + found['train_seconds'])} of training "
+            + (f"(the lower layers {duration(found['trunk_seconds'])}) " if found["trunk_seconds"] else "")
+            + f"and {found['peak_bytes'] / 1e9:.1f} GB of "
             f"memory ({found['available_bytes'] / 1e9:.1f} GB are free)"
         )
     return lines

@@ -6,15 +6,21 @@ POSIX promises of a file only what was flushed with fsync, and of a name only wh
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file and flushes it to the disk."""
+    write_pieces(path, (data,))
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """Writes a file piece by piece, so that it need not fit the memory, and flushes it to the disk."""
     with path.open("wb") as file:
-        file.write(data)
+        for data in pieces:
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

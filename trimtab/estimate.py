@@ -21,6 +21,7 @@ from trimtab.errors import RecipeError, ResourceError
 from trimtab.forward import Engine
 from trimtab.machine import available_memory, peak_rss_bytes
 from trimtab.resolve import Job
+from trimtab.trunk import Trunk, compute, forward_in_memory, missing
 
 _MOST_TOKENS = 1_024  # of the batch that is tried out: a larger one costs the same a token
 _PATIENCE_S = 1.0  # after which it is not repeated
@@ -43,6 +44,8 @@ class Speed:
     eval_bytes: float
     resident_bytes: int
     """With the model loaded, before any batch of size."""
+    trunk_seconds: float = 0.0
+    """The layers below LoRA, forward alone, a unit of the whole model; 0 where they are not kept."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Estimate:
     peak_bytes: int
     available_bytes: int
     """That the machine or its container had left when this was told."""
+    trunk_seconds: float = 0.0
+    """Before the first step: the layers below LoRA once for all rows, where they are kept and are not yet."""
 
     @property
     def train_seconds(self) -> float:
@@ -72,6 +77,7 @@ class Estimate:
             "epoch_seconds": round(self.epoch_seconds, 1),
             "eval_seconds": round(self.eval_seconds, 1),
             "test_seconds": round(self.test_seconds, 1),
+            "trunk_seconds": round(self.trunk_seconds, 1),
             "epochs": self.epochs,
             "steps": self.steps,
             "peak_bytes": self.peak_bytes,
@@ -92,8 +98,8 @@ def work(model: Any, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     return units
 
 
-def measure(job: Job, model: Any, engine: Engine) -> Speed:
-    """Tries out one usual batch, forward and backward; no weight changes.
+def measure(job: Job, model: Any, engine: Engine, trunk: Trunk) -> Speed:
+    """Tries out one usual batch, forward and backward, from kept states where the run will do so; no weight changes.
 
     Memory is what the process grew by; it is scaled by tokens afterwards, so a first row goes ahead that pays for
     whatever libraries take once.
@@ -104,14 +110,22 @@ def measure(job: Job, model: Any, engine: Engine) -> Speed:
     rows = plan[int(np.argsort(tokens)[len(plan) // 2])]
     rows = rows[: max(1, int(np.searchsorted(np.cumsum(encoded.lengths[rows]), _MOST_TOKENS, side="right")))]
     process = psutil.Process()
+    forward, built = engine.forward, engine.encoder
+    if trunk.depth and built is not None:
+        encoded, rows = encoded.only(rows), np.arange(len(rows))
+        forward = forward_in_memory(built, encoded, trunk.depth)
 
     def forward_only() -> None:
         with torch.inference_mode():
-            engine.forward(encoded, rows)
+            forward(encoded, rows)
 
     def step(chosen: npt.NDArray[np.int64]) -> None:
         labels = torch.from_numpy(encoded.labels[chosen]).to(job.placement.device)
-        loss_sum(engine.forward(encoded, chosen, 0), labels).backward()  # type: ignore[no-untyped-call]
+        loss_sum(forward(encoded, chosen, 0), labels).backward()  # type: ignore[no-untyped-call]
+
+    def lower_layers() -> None:
+        if trunk.depth and built is not None:
+            list(compute(built, encoded, trunk.depth))
 
     first = rows[np.argsort(encoded.lengths[rows])[:1]]
     step(first)
@@ -128,6 +142,7 @@ def measure(job: Job, model: Any, engine: Engine) -> Speed:
         train_bytes=max(0, after_step - resident) / grown_by,
         eval_bytes=max(0, after_forward - resident) / grown_by,
         resident_bytes=resident,
+        trunk_seconds=_seconds(lower_layers) / units if trunk.depth else 0.0,
     )
     model.zero_grad(set_to_none=True)
     return found
@@ -144,7 +159,7 @@ def _seconds(action: Callable[[], object]) -> float:
     return float(np.median(found))
 
 
-def estimate(job: Job, model: Any, engine: Engine, speed: Speed) -> Estimate:
+def estimate(job: Job, model: Any, engine: Engine, trunk: Trunk, speed: Speed) -> Estimate:
     """What the whole run takes at that speed."""
     pads = engine.name != "fast"
 
@@ -172,6 +187,8 @@ def estimate(job: Job, model: Any, engine: Engine, speed: Speed) -> Estimate:
         test_seconds=pass_seconds(job.test.encoded.lengths) if job.test else 0.0,
         peak_bytes=max(peak_rss_bytes(), speed.resident_bytes + int(grown)),
         available_bytes=available_memory(),
+        trunk_seconds=sum(float(work(model, entry.texts.lengths).sum()) for entry in missing(trunk))
+        * speed.trunk_seconds,
     )
 
 
@@ -221,14 +238,15 @@ def parse_budget(text: str) -> float:
 def within(budget: float, found: Estimate, rows: int, eval_rows: int) -> dict[str, object]:
     """Settings with which a run of so many rows takes at most `budget` seconds of training: epochs first, then rows.
 
-    Rows are worth more than a third pass over the same ones, so epochs go down to two before a row is left out.
-    Evaluation gets at most a fifth of the time, and both parts keep 100 rows: less judges nothing.
+    What is done once for all epochs, the layers below LoRA where they are kept, belongs to it. Rows are worth more than
+    a third pass over the same ones, so epochs go down to two before a row is left out. Evaluation gets at most a fifth
+    of the time, and both parts keep 100 rows: less judges nothing.
 
     Raises:
         RecipeError: two epochs of 100 rows take longer.
     """
     budget *= _SPARE
-    if found.train_seconds <= budget:
+    if found.trunk_seconds + found.train_seconds <= budget:
         return {}
     epochs = min(found.epochs, _FEWEST_EPOCHS)
     values: dict[str, object] = {}
@@ -238,13 +256,14 @@ def within(budget: float, found: Estimate, rows: int, eval_rows: int) -> dict[st
         if fewer < eval_rows:
             values["data.limit_eval"] = fewer
             pass_seconds *= fewer / eval_rows
-    fitting = int(budget / (found.epoch_seconds + pass_seconds))
+    fitting = int((budget - found.trunk_seconds) / (found.epoch_seconds + pass_seconds))
     if fitting >= epochs:
         epochs = min(found.epochs, fitting)
     else:
-        left = int(rows * (budget / epochs - pass_seconds) / found.epoch_seconds)
+        an_epoch = found.epoch_seconds + found.trunk_seconds / epochs
+        left = int(rows * (budget / epochs - pass_seconds) / an_epoch)
         if left < min(rows, _FEWEST_ROWS):
-            shortest = epochs * (found.epoch_seconds * min(rows, _FEWEST_ROWS) / rows + pass_seconds) / _SPARE
+            shortest = epochs * (an_epoch * min(rows, _FEWEST_ROWS) / rows + pass_seconds) / _SPARE
             raise RecipeError(
                 "budget.too_short",
                 f"{epochs} epochs of {min(rows, _FEWEST_ROWS)} rows take about {shortest:.0f} s here.",

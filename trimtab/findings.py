@@ -31,7 +31,7 @@ _MOST_STEPS = 200  # points of a curve that is 400 pixels wide
 _MOST_LINES = 20  # files, sums, warnings
 _LONGEST_TEXT, _LONGEST_EXAMPLE, _LONGEST_LABEL, _LONGEST_NAME, _LONGEST_WARNING = 200, 100, 40, 60, 400
 _LONGEST_COMMAND = 2_000
-_PATHS = {("data", "train"), ("data", "eval"), ("data", "test"), ("base", "model")}
+_PATHS = {("data", "train"), ("data", "eval"), ("data", "test"), ("base", "model"), ("lora", "init_from")}
 # They change the order of the characters around them, and would do so to a whole line.
 _BIDI = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 

@@ -1,5 +1,6 @@
 """Tokens -> logits: the fast forward where the model is of the BERT family, transformers' own everywhere else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from trimtab.config import RuntimeSettings
 from trimtab.errors import RecipeError
 from trimtab.fast import encoder
 from trimtab.fast.dropout import Noise
-from trimtab.fast.encoder import Encoder, NotSupported
+from trimtab.fast.encoder import Encoder, NotSupported, Stored
 from trimtab.machine import has_bf16, processor
 from trimtab.tokens import Encoded
 
@@ -104,15 +105,16 @@ def choose(model: Any, pad_id: int, device: torch.device, settings: RuntimeSetti
     return Engine(stock(model, pad_id), "stock", reason, vectors=_stock_vectors(model, pad_id))
 
 
-def fast(classifier: Encoder) -> Forward:
-    """The forward of an encoder of ours."""
+def fast(classifier: Encoder, kept: Sequence[tuple[Encoded, Stored]] = ()) -> Forward:
+    """The forward of an encoder of ours; from stored states for the texts that `kept` holds, else from the tokens."""
 
     def forward(encoded: Encoded, rows: npt.NDArray[np.int64], dropout_seed: int | None = None) -> torch.Tensor:
         noise = None
         if dropout_seed is not None:
             noise = Noise(dropout_seed)
             torch.manual_seed(dropout_seed)  # for the head's
-        return encoder.logits(classifier, encoder.pack(encoded.ids, encoded.offsets, rows), noise)
+        stored = next((states for texts, states in kept if texts is encoded), None)
+        return encoder.logits(classifier, encoder.pack(encoded.ids, encoded.offsets, rows), noise, stored)
 
     return forward
 

@@ -18,7 +18,9 @@ import torch
 from trimtab import interrupts
 from trimtab.batching import evaluation_plan
 from trimtab.build import Ready
-from trimtab.fast.encoder import Head
+from trimtab.fast import encoder
+from trimtab.fast.encoder import Encoder, Head
+from trimtab.tokens import Encoded
 
 _MOST_ROWS = 2_000  # that the probe learns from; more teach a head little that training does not
 _C = 1.0
@@ -33,12 +35,12 @@ def start_head(ready: Ready) -> str:
     if recipe.train.head_start == "random":
         return ""
     if not ready.head_is_new:
-        return "the head starts as the base brought it"
+        return "the head starts as base or adapter brought it"
     if engine.encoder is None:
         return "the head starts at random: its layers are not known here"
     head, encoded = engine.encoder.head, ready.job.train.encoded
     rows = np.sort(np.random.default_rng(_SEED).permutation(len(encoded))[:_MOST_ROWS])
-    states = _states(ready, rows)
+    states = _states(engine.encoder, encoded, rows)
     with torch.no_grad():
         if head.dense.weight.requires_grad:
             centre, spread = states.mean(axis=0), float(states.std(axis=0).mean())
@@ -52,15 +54,14 @@ def start_head(ready: Ready) -> str:
     return f"the head starts as a linear probe on {len(rows):,} rows"
 
 
-def _states(ready: Ready, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """The base's states of the first tokens: float32[n, D]."""
-    assert ready.engine.vectors is not None
-    encoded = ready.job.train.encoded
+def _states(built: Encoder, encoded: Encoded, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """The states that the head will read in the first step: float32[n, D]."""
     found: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
     with torch.inference_mode():
         for places in evaluation_plan(encoded.lengths[rows]):
             interrupts.check()
-            found.append((places, ready.engine.vectors(encoded, rows[places], first_only=True).cpu().numpy()))
+            batch = encoder.pack(encoded.ids, encoded.offsets, rows[places])
+            found.append((places, encoder.first_tokens(built, batch).float().numpy()))
     whole = np.zeros((len(rows), found[0][1].shape[1]), np.float32)
     for places, part in found:
         whole[places] = part

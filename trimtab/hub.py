@@ -147,7 +147,7 @@ def _full_id(name: str) -> str:
 
 
 def _base(name: str, folder: Path, source: str) -> Base:
-    digest = _sha256(*weight_files(folder))
+    digest = joint_sha256(*weight_files(folder))
     in_cache = re.search(r"/models--([^/]+)/snapshots/", folder.as_posix())  # of an id with an owner, or without one
     hub_id = in_cache.group(1).replace("--", "/") if in_cache else MINILM if digest == MINILM_WEIGHTS else ""
     if source != "folder" and MINILM in (hub_id, _full_id(name)) and digest != MINILM_WEIGHTS:
@@ -165,10 +165,10 @@ def _base(name: str, folder: Path, source: str) -> Base:
 def tokenizer_sha256(folder: Path) -> str:
     """sha256 of tokenizer.json, else of the vocabulary files together; empty where the folder has none."""
     files = [folder / file for file in _VOCABULARIES if (folder / file).is_file()]
-    return _sha256(*files[:1] if files and files[0].name == "tokenizer.json" else files) if files else ""
+    return joint_sha256(*files[:1] if files and files[0].name == "tokenizer.json" else files) if files else ""
 
 
-def _sha256(*files: Path) -> str:
+def joint_sha256(*files: Path) -> str:
     """Of one file: its own sha256. Of several: that of their digests and names, in the order of the names."""
     digests = [(file_sha256(file), file.name) for file in sorted(files)]
     if len(digests) == 1:

@@ -5,6 +5,7 @@ bring; it is trained in full and saved.
 """
 
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -253,11 +254,7 @@ def resolve_targets(model: Any, wanted: str | Sequence[str], head: Sequence[str]
                 mend=f"--set lora.target_modules={linear[0]} or all-linear",
             )
         return tuple(preset)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not any(name == m or name.startswith(m + ".") for m in head)
-    ]
+    names = list(_linears(model, head))
     known = [*linear, *(name.rpartition(".")[2] for name in linear)]
     wrong = [w for w in wanted if not any(name == w or name.endswith("." + w) for name in names)]
     if wrong or not wanted:
@@ -274,12 +271,81 @@ def resolve_targets(model: Any, wanted: str | Sequence[str], head: Sequence[str]
 def linear_layers(model: Any, head: Sequence[str]) -> tuple[str, ...]:
     """Suffixes of the linear layers inside the blocks: what follows the block's number in their names."""
     suffixes: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and not any(name == m or name.startswith(m + ".") for m in head):
-            parts = name.split(".")
-            if numbers := [i for i, part in enumerate(parts) if part.isdigit()]:
-                suffixes[".".join(parts[numbers[-1] + 1 :])] = None
+    for name in _linears(model, head):
+        parts = name.split(".")
+        if numbers := [i for i, part in enumerate(parts) if part.isdigit()]:
+            suffixes[".".join(parts[numbers[-1] + 1 :])] = None
     return tuple(suffixes)
+
+
+def adapted(model: Any, targets: Sequence[str], head: Sequence[str]) -> dict[str, torch.nn.Linear]:
+    """The modules that targets stand for, by full name: those whose names end so, as peft matches them."""
+    return {
+        name: module
+        for name, module in _linears(model, head).items()
+        if any(name == target or name.endswith("." + target) for target in targets)
+    }
+
+
+def on_layers(model: Any, targets: Sequence[str], lora: LoraSettings, head: Sequence[str]) -> tuple[str, ...]:
+    """The targets as peft is told them: as they are for all layers; for the top ones the full name of each module.
+
+    peft has `layers_to_transform` for this, but looks for it in names of its own list of patterns; a full name can mean
+    one module only.
+
+    Raises:
+        RecipeError: the base has no blocks that could be counted, or fewer, or no target stands in the top ones.
+    """
+    if not lora.top:
+        return tuple(targets)
+    places = {name: found for name in _linears(model, head) if (found := _IN_BLOCK.match(name))}
+    roots, numbers = ({found.group(part) for found in places.values()} for part in (1, 2))
+    blocks, kind = len(numbers), model.config.model_type
+    layers = int(getattr(model.config, "num_hidden_layers", 0) or blocks)
+    mend = "--set lora.layers=all"
+    if len(roots) != 1 or set(map(int, numbers)) != set(range(blocks)):
+        problem = f"The layers of {kind} are not numbered in one row, so none of them is the top"
+    elif blocks < layers:
+        problem = f"{kind} computes {layers} layers with the weights of {blocks}, so LoRA on one would be LoRA on all"
+    elif lora.top > blocks:
+        problem = f"{kind} has {blocks} layers here, and {lora.top} were asked for"
+        mend = f"--set lora.layers=top:{blocks}, or fewer"
+    else:
+        lowest = blocks - lora.top
+        inside = adapted(model, targets, head).keys() & places.keys()
+        if names := [name for name in places if name in inside and int(places[name].group(2)) >= lowest]:
+            return tuple(names)
+        problem = f"None of {some(targets)} stands in the top {lora.top} of {blocks} layers"
+    raise RecipeError("lora.layers", f"{problem}.", where=f"lora.layers = {lora.layers}", mend=mend)
+
+
+def by_layers(model: Any, targets: Sequence[str], head: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """`target_modules` and `layers` of a recipe, from the targets that an adapter knows: `on_layers` backwards."""
+    names = adapted(model, targets, head)
+    if set(names) != set(targets):
+        return tuple(targets), "all"
+    found = [_IN_BLOCK.match(name) for name in names]
+    numbers = sorted({int(one.group(2)) for one in found if one})
+    suffixes = tuple(dict.fromkeys(one.group(3) for one in found if one))
+    lora = LoraSettings(layers=f"top:{max(1, len(numbers))}")
+    try:
+        same = set(on_layers(model, suffixes, lora, head)) == set(names)
+    except RecipeError:
+        same = False
+    return (suffixes, lora.layers) if same else (tuple(targets), "all")
+
+
+_IN_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")
+"""What stands before the number of a block, the number, and what follows."""
+
+
+def _linears(model: Any, head: Sequence[str]) -> dict[str, torch.nn.Linear]:
+    """Every torch.nn.Linear outside the head, by full name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not any(name == m or name.startswith(m + ".") for m in head)
+    }
 
 
 def inject(model: Any, lora: LoraSettings, targets: Sequence[str], head: Sequence[str], base_name: str) -> Any:
@@ -303,6 +369,8 @@ def inject(model: Any, lora: LoraSettings, targets: Sequence[str], head: Sequenc
     )
     with _quiet():
         injected = peft.get_peft_model(model, config)
+    # From 20 names on, peft shortens the list to the shortest endings that mean the same; which, depends on the others.
+    injected.peft_config["default"].target_modules = set(targets)
     # peft matches modules by the end of their names; a stray match would train and save something else.
     told = {f"base_model.model.{name}" for name in head}
     done = {name for name, module in injected.named_modules() if isinstance(module, peft.utils.ModulesToSaveWrapper)}
@@ -320,23 +388,20 @@ def count(model: Any, lora: LoraSettings, targets: Sequence[str], head: Sequence
     """The parameter report of a model before injection, in closed form: r x (in + out) for each adapted weight."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers: dict[str, dict[str, int]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or any(name == m or name.startswith(m + ".") for m in head):
-            continue
-        if any(name == target or name.endswith("." + target) for target in targets):
-            rows, columns = module.weight.shape
-            # DoRA adds one magnitude for each row of W (Liu et al. 2024, arXiv 2402.09353).
-            extra = rows if lora.variant == "dora" else 0
-            layers[name] = {
-                "out": rows,
-                "in": columns,
-                "weights": rows * columns,
-                "lora": lora.r * (rows + columns) + extra,
-            }
+    for name, module in adapted(model, targets, head).items():
+        rows, columns = module.weight.shape
+        # DoRA adds one magnitude for each row of W (Liu et al. 2024, arXiv 2402.09353).
+        extra = rows if lora.variant == "dora" else 0
+        layers[name] = {
+            "out": rows,
+            "in": columns,
+            "weights": rows * columns,
+            "lora": lora.r * (rows + columns) + extra,
+        }
     base = sum(sizes.values())
     head_size = sum(size for name, size in sizes.items() if any(name.startswith(m + ".") for m in head))
-    adapted = sum(layer["lora"] for layer in layers.values())
-    return Parameters(base, base + adapted + head_size, adapted, head_size, layers)
+    lora_size = sum(layer["lora"] for layer in layers.values())
+    return Parameters(base, base + lora_size + head_size, lora_size, head_size, layers)
 
 
 def longest_input(model: Any) -> int:

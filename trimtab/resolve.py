@@ -1,5 +1,7 @@
 """Recipe + files + base -> a job: data checked, base found, every `auto` settled, texts encoded.
 
+An adapter to start from settles what the recipe leaves at its default; where both say something, they must agree.
+
 Nothing is written and no weight is read here, so whatever is wrong is found in seconds and leaves nothing behind.
 `trimtab train --dry-run` stops after this.
 """
@@ -13,18 +15,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab import batching, data, preflight, tokens
+from trimtab import adapter, batching, data, preflight, rundir, tokens
+from trimtab.adapter import Adapter
 from trimtab.classification import Labels, make_labels
 from trimtab.config import Layered, Recipe
 from trimtab.data import Example, Rows
 from trimtab.device import Placement, place
-from trimtab.errors import DataError, RecipeError
+from trimtab.errors import ArtefactError, DataError, RecipeError, some
 from trimtab.hub import Base, find_base
 from trimtab.model import (
+    adapted,
+    by_layers,
     empty_model,
     head_modules,
     load_config,
     longest_input,
+    on_layers,
     outside_blocks,
     resolve_targets,
 )
@@ -46,11 +52,24 @@ class Part:
 
 
 @dataclass(frozen=True)
+class WarmStart:
+    """An adapter that training starts from."""
+
+    adapter: Adapter
+    factor: float
+    """What its B is multiplied by: its scaling / ours, so that the first answers are its own."""
+    with_head: bool
+    line: str
+    """What is taken, for people."""
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that training needs, settled."""
 
     layered: Layered
     base: Base
+    warm_start: WarmStart | None
     model_config: Any
     """transformers' config of the base, with our labels and dropout."""
     tokenizer: Tokenizer
@@ -99,13 +118,18 @@ def resolve(layered: Layered) -> Job:
     labels = make_labels(values, recipe.data.names)
     parts = _draw(recipe, rows)
     base = find_base(recipe.base.model)
-    sums = _check_sums(recipe, rows, base)
 
     tokenizer = tokens.from_base(base.folder)
     config = load_config(base.folder, num_labels=len(labels), dropout=recipe.base.dropout, pad_id=tokenizer.pad_id)
     skeleton = empty_model(config)
     head = head_modules(skeleton, outside_blocks(skeleton), recipe.lora.also_saved)
+    first = adapter_to_start_from(recipe)
+    sums = _check_sums(recipe, rows, base, first)
+    if first:
+        layered = with_settings_of(layered, first, base, skeleton, head)
+        recipe = layered.recipe
     targets = resolve_targets(skeleton, recipe.lora.target_modules, head)
+    on_layers(skeleton, targets, recipe.lora, head)
 
     texts = [example.text for example in parts["train"]]
     limits = [limit for limit in (longest_input(skeleton), tokenizer.limit) if limit]
@@ -114,6 +138,8 @@ def resolve(layered: Layered) -> Job:
     settled = layered.override({key: value for key, (value, _) in found.items()}, {k: o for k, (_, o) in found.items()})
     paths = {f"data.{role}": [file["path"] for file in rows[role].files] for role in rows}
     paths["base.model"] = str(base.folder)  # type: ignore[assignment]
+    if first:
+        paths["lora.init_from"] = str(first.folder)  # type: ignore[assignment]
     settled = settled.override(paths, {key: layered.origins.get(key, "default") for key in paths})
     settled = Layered(settled.recipe.model_copy(update={"sha256": sums}), settled.origins)
 
@@ -141,6 +167,7 @@ def resolve(layered: Layered) -> Job:
     return Job(
         layered=settled,
         base=base,
+        warm_start=_warm_start(first, settled.recipe, labels) if first else None,
         model_config=config,
         tokenizer=tokenizer,
         labels=labels,
@@ -193,10 +220,89 @@ def _draw(recipe: Recipe, rows: dict[str, Rows]) -> dict[str, list[Example]]:
     return parts
 
 
-def _check_sums(recipe: Recipe, rows: dict[str, Rows], base: Base) -> dict[str, str]:
-    """sha256 of every data file and of the base's weights; where the recipe states one, it must be the same."""
+def adapter_to_start_from(recipe: Recipe) -> Adapter | None:
+    """The adapter that the recipe names; None: it names none.
+
+    Raises:
+        ArtefactError: there is nothing, or it is damaged.
+    """
+    return adapter.read(rundir.adapter_in(recipe.lora.init_from)) if recipe.lora.init_from else None
+
+
+_FITTING = ("r", "lora_alpha", "variant", "target_modules", "layers")
+"""What the settings of LoRA say of A and B; of these, another lora_alpha can be made up for."""
+
+
+def with_settings_of(layered: Layered, first: Adapter, base: Base, skeleton: Any, head: Sequence[str]) -> Layered:
+    """The recipe with what it leaves at its defaults taken from the adapter that training starts from.
+
+    Raises:
+        ArtefactError: the adapter belongs to another base.
+        RecipeError: what the recipe says itself does not fit the adapter's A and B.
+    """
+    for part, ours in (("weights", base.weights_sha256), ("tokenizer", base.tokenizer_sha256)):
+        if ours != (theirs := first.base[f"{part}_sha256"]):
+            raise ArtefactError(
+                "adapter.other_base",
+                f"The adapter to start from was trained on {first.base['name']}; the {part} of {base.name} are not the "
+                f"same: sha256 {ours[:12]}, expected {theirs[:12]}.",
+                where=f"lora.init_from = {first.folder}",
+                mend=f"--base {first.base['name']}; or start anew: --set lora.init_from=",
+            )
+    names, layers = by_layers(skeleton, first.lora.target_modules, head)
+    theirs_are = {**first.lora.model_dump(include=set(_FITTING)), "target_modules": names, "layers": layers}
+    # One is said where it counts; the other then follows from the adapter only together with it.
+    together = (
+        {"target_modules", "layers"} if {"lora.target_modules", "lora.layers"} & layered.origins.keys() else set()
+    )
+    open_ = [key for key in _FITTING if f"lora.{key}" not in layered.origins and key not in together]
+    layered = layered.override({f"lora.{key}": theirs_are[key] for key in open_}, "as the adapter in lora.init_from")
+    ours_is = layered.recipe.lora
+    targets = on_layers(skeleton, resolve_targets(skeleton, ours_is.target_modules, head), ours_is, head)
+    wanted = adapted(skeleton, targets, head).keys()
+    there = adapted(skeleton, first.lora.target_modules, head).keys()
+    problems = [
+        f"lora.{key} = {getattr(ours_is, key)}, the adapter has {getattr(first.lora, key)}"
+        for key in ("r", "variant")
+        if getattr(ours_is, key) != getattr(first.lora, key)
+    ]
+    if wanted != there:
+        problems.append(
+            f"LoRA beside {len(wanted)} weights, the adapter has it beside {len(there)} "
+            f"({some(sorted(wanted ^ there), 2)} stand in one alone)"
+        )
+    if problems:
+        raise RecipeError(
+            "lora.init_from",
+            f"The recipe does not fit the adapter to start from: {'; '.join(problems)}.",
+            where=f"lora.init_from = {first.folder}",
+            mend="leave r, variant, target_modules and layers out, and the adapter's are taken; or: "
+            f"--set lora.r={first.lora.r} --set lora.variant={first.lora.variant} "
+            f"--set lora.target_modules={','.join(names)} --set lora.layers={layers}",
+        )
+    return layered
+
+
+def _warm_start(first: Adapter, recipe: Recipe, labels: Labels) -> WarmStart:
+    """What is taken of an adapter: A and B, and its head where it answers with the same labels in the same order."""
+    factor = first.lora.scaling / recipe.lora.scaling
+    reason = ""
+    if first.labels.values != labels.values:
+        reason = f"its labels were {some(first.labels.values, 8)}"
+    line = f"A and B of {first.folder}" + (
+        f", whose head is left ({reason}): a new one is drawn" if reason else ", and its head"
+    )
+    if factor != 1:
+        line += f"; B times {factor:g}, for its lora_alpha was {first.lora.lora_alpha}"
+    return WarmStart(first, factor, not reason, line)
+
+
+def _check_sums(recipe: Recipe, rows: dict[str, Rows], base: Base, first: Adapter | None) -> dict[str, str]:
+    """sha256 of data, of the base's weights and of an adapter; where the recipe states one, it must be the same."""
     sums = {file["path"]: file["sha256"] for part in rows.values() for file in part.files}
     sums[str(base.folder)] = base.weights_sha256
+    if first:
+        sums[str(first.folder)] = first.sha256
     changed = [path for path, digest in sums.items() if recipe.sha256.get(path, digest) != digest]
     if changed:
         raise DataError(

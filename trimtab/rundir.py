@@ -127,23 +127,38 @@ def only_writer(run: RunDir) -> Iterator[None]:
         lock.release()
 
 
+def check(out: str | None, *, needs: int = 0) -> None:
+    """Whether `create` will do, for those who have long work before it.
+
+    Raises:
+        RecipeError: `out` exists and is not empty.
+        ResourceError: its volume has less than `needs` bytes left.
+    """
+    with _creating():
+        path = Path(os.path.expanduser(out or "runs")).resolve()
+        _check_room(path, needs)
+        if (
+            out is not None
+            and path.exists()
+            and (not path.is_dir() or any(not _is_draft(file) for file in path.iterdir()))
+        ):
+            raise RecipeError(
+                "run.exists",
+                f"{out} exists and is not empty; nothing in it was touched.",
+                mend=f"another --out, or go on with that run: trimtab train --resume {out}",
+            )
+
+
 def create(out: str | None, stem: str, *, needs: int = 0) -> RunDir:
     """Makes the run directory: `out` itself, else `runs/<time>-<stem>` with `runs/latest` pointing to it.
 
     Raises:
-        RecipeError: `out` exists and is not empty.
-        ResourceError: the directory cannot be made, or its volume has less than `needs` bytes left.
+        RecipeError, ResourceError: as `check`; or the directory cannot be made.
     """
-    try:
-        _check_room(Path(os.path.expanduser(out or "runs")).resolve(), needs)
+    check(out, needs=needs)
+    with _creating():
         if out is not None:
             path = Path(os.path.expanduser(out)).resolve()
-            if path.exists() and (not path.is_dir() or any(not _is_draft(file) for file in path.iterdir())):
-                raise RecipeError(
-                    "run.exists",
-                    f"{out} exists and is not empty; nothing in it was touched.",
-                    mend=f"another --out, or go on with that run: trimtab train --resume {out}",
-                )
             durable.make_folder(path)
             return RunDir(path)
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}"
@@ -158,6 +173,13 @@ def create(out: str | None, stem: str, *, needs: int = 0) -> RunDir:
             _point_latest_to(path)
             return RunDir(path)
         raise AssertionError("a thousand runs of one name in one second")
+
+
+@contextmanager
+def _creating() -> Iterator[None]:
+    """Whatever the system refuses here is told with the way out."""
+    try:
+        yield
     except OSError as error:
         if isinstance(error, TrimtabError):
             raise

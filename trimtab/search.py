@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab import config, interrupts
-from trimtab.build import make_ready
+from trimtab.build import make_ready, with_trunk
 from trimtab.calibration import fit_temperature
 from trimtab.classification import mean_loss
 from trimtab.config import Layered
@@ -75,14 +75,12 @@ def _brief(layered: Layered, usual: Job) -> Layered:
 def _try(brief: Layered, rate: float) -> Tried:
     """Trains briefly in a folder that is gone afterwards."""
     layered = brief.override({"train.learning_rate": rate}, "search")
-    ready = make_ready(resolve(layered))
+    ready = with_trunk(make_ready(resolve(layered)), lambda event: None)
     start_head(ready)
     with tempfile.TemporaryDirectory(prefix="trimtab-search-") as folder:
         run = RunDir(Path(folder))
         run.recipe.write_text(config.dump(layered), "utf-8")
-        _, best = run_loop(
-            run, ready.job, ready.model, ready.engine.forward, lambda event, **values: None, lambda event: None
-        )
+        _, best = run_loop(run, ready.job, ready.model, ready.forward, lambda event, **values: None, lambda event: None)
     interrupts.check()
     logits: npt.NDArray[np.float32] = best["eval_logits"].numpy()
     labels = ready.job.eval.encoded.labels

@@ -86,6 +86,17 @@ class Encoded:
         """Whether a text was cut: bool[n]."""
         return self.full_lengths > self.lengths
 
+    def only(self, rows: npt.NDArray[np.int64]) -> "Encoded":
+        """Some of the texts, in the order of `rows`."""
+        pieces = [self.ids[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        ends = np.cumsum(self.lengths[rows])
+        return Encoded(
+            ids=np.concatenate(pieces) if pieces else self.ids[:0],
+            offsets=np.concatenate([np.zeros(1, np.int64), ends]),
+            labels=self.labels[rows],
+            full_lengths=self.full_lengths[rows],
+        )
+
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, labels: Sequence[int] | None = None) -> Encoded:
     """Encodes texts with the base's special tokens, each cut at `max_length` tokens on its right."""

@@ -38,24 +38,24 @@ from trimtab import (
     runreport,
     search,
 )
-from trimtab.build import Ready, make_ready
+from trimtab.build import Ready, make_ready, with_trunk
 from trimtab.classification import compute_logits, metrics
 from trimtab.config import MINILM, Layered
 from trimtab.data import Reject
 from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError, TrimtabError
 from trimtab.estimate import Estimate
-from trimtab.forward import Engine, Forward
 from trimtab.headstart import start_head
 from trimtab.hub import find_base
 from trimtab.loop import Observer, run_loop
 from trimtab.machine import peak_rss_bytes
-from trimtab.model import count, head_modules, load_base, load_config, resolve_targets, trainable
-from trimtab.resolve import Job, Part, resolve
+from trimtab.model import count, head_modules, load_base, load_config, on_layers, resolve_targets, trainable
+from trimtab.resolve import Job, Part, adapter_to_start_from, resolve, with_settings_of
 from trimtab.rundir import RunDir
+from trimtab.trunk import choose_trunk
 
 _DECIDE_BYTES = {
     *("trimtab", "torch", "transformers", "peft", "tokenizers", "numpy", "pyarrow", "safetensors"),
-    *("processor", "device", "threads", "dtype", "forward"),
+    *("processor", "device", "threads", "dtype", "forward", "trunk"),
 }
 _DISK_RESERVE = 16 << 20  # bytes, for events, reports and what else is small
 
@@ -94,7 +94,7 @@ class Planned:
             "eval_rows": len(job.eval.examples),
             "test_rows": len(job.test.examples) if job.test else 0,
             "tokens": int(job.train.encoded.lengths.sum()),
-            "on": f"{job.placement.line}, {self.ready.engine.line}",
+            "on": self.ready.line,
             "budget": _chosen_by_budget(job),
             "estimate": self.estimate.as_dict(),
         }
@@ -146,12 +146,14 @@ def _train(layered: Layered, out: str | None, budget: str, observe: Observer) ->
     job = planned.ready.job
     estimate.check_memory(job, planned.speed, planned.estimate)
     stem, needs = Path(job.recipe.data.train[0]).name.partition(".")[0], _disk_bytes(planned.ready)
+    rundir.check(out, needs=needs)
+    ready = with_trunk(planned.ready, observe)
     with interrupts.postponed():
         run = rundir.create(out, stem, needs=needs)
         with _disk_errors(run), rundir.only_writer(run):
-            durable.replace(run.recipe, config.dump(job.layered).encode())
-            _describe(run, job, planned.ready.engine)
-            return _run(run, planned.ready, planned.estimate, job.warnings, started, observe)
+            durable.replace(run.recipe, config.dump(ready.job.layered).encode())
+            _describe(run, ready)
+            return _run(run, ready, planned.estimate, job.warnings, started, observe)
 
 
 def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
@@ -182,13 +184,13 @@ def _resume(path: str | Path, observe: Observer) -> Run:
     with _disk_errors(run), rundir.only_writer(run):
         if finished := _finished(run, observe):  # by the process that had the lock
             return finished
-        ready = _ready_again(run)
+        ready = with_trunk(_ready_again(run), observe)
         with interrupts.postponed():
             checkpoint.sweep(run.checkpoints)
             for draft in run.path.glob(".adapter-*"):  # of a process that was killed
                 shutil.rmtree(draft, ignore_errors=True)
             warnings = [*ready.job.warnings, *_changes_of_environment(run, ready)]
-            _describe(run, ready.job, ready.engine)
+            _describe(run, ready)
             return _run(run, ready, None, warnings, started, observe)
 
 
@@ -241,7 +243,7 @@ def _changes_of_environment(run: RunDir, ready: Ready) -> list[str]:
         then = _flat(json.loads(run.environment.read_text("utf-8")))
     except (OSError, ValueError, TypeError, AttributeError):  # killed before it was written, or damaged
         return []
-    now = _flat(_environment(ready.job, ready.engine))
+    now = _flat(_environment(ready))
     changed = [
         f"{key} {then[key]} -> {now.get(key)}" for key in then if key in _DECIDE_BYTES and then[key] != now.get(key)
     ]
@@ -264,11 +266,12 @@ def plan(layered: Layered, budget: str = "") -> Planned:
     """
     seconds = estimate.parse_budget(budget) if budget else math.inf
     ready = make_ready(resolve(layered))
-    speed = estimate.measure(ready.job, ready.model, ready.engine)
-    found = estimate.estimate(ready.job, ready.model, ready.engine, speed)
+    speed = estimate.measure(ready.job, ready.model, ready.engine, ready.trunk)
+    found = estimate.estimate(ready.job, ready.model, ready.engine, ready.trunk, speed)
     if values := estimate.within(seconds, found, len(ready.job.train.encoded), len(ready.job.eval.encoded)):
-        ready = replace(ready, job=resolve(ready.job.layered.override(values, f"--budget {budget}")))
-        found = estimate.estimate(ready.job, ready.model, ready.engine, speed)
+        job = resolve(ready.job.layered.override(values, f"--budget {budget}"))
+        ready = replace(ready, job=job, trunk=choose_trunk(job, ready.engine))
+        found = estimate.estimate(ready.job, ready.model, ready.engine, ready.trunk, speed)
     return Planned(ready, speed, found)
 
 
@@ -283,15 +286,16 @@ def count_parameters(layered: Layered, num_labels: int) -> dict[str, Any]:
     """The parameter report of a base without any data: what LoRA would train, layer by layer.
 
     Raises:
-        BaseModelError, RecipeError: the base or a setting cannot be.
+        BaseModelError, RecipeError, ArtefactError: the base, a setting or an adapter to start from cannot be.
     """
-    recipe = layered.recipe
-    base = find_base(recipe.base.model)
+    base = find_base(layered.recipe.base.model)
     loaded = load_base(base.folder, load_config(base.folder, num_labels=num_labels, dropout="config", pad_id=0))
-    head = head_modules(loaded.model, loaded.new_parameters, recipe.lora.also_saved)
-    return count(
-        loaded.model, recipe.lora, resolve_targets(loaded.model, recipe.lora.target_modules, head), head
-    ).as_dict()
+    head = head_modules(loaded.model, loaded.new_parameters, layered.recipe.lora.also_saved)
+    if first := adapter_to_start_from(layered.recipe):
+        layered = with_settings_of(layered, first, base, loaded.model, head)
+    recipe = layered.recipe
+    targets = resolve_targets(loaded.model, recipe.lora.target_modules, head)
+    return count(loaded.model, recipe.lora, on_layers(loaded.model, targets, recipe.lora, head), head).as_dict()
 
 
 def _metrics(run: RunDir) -> dict[str, Any] | None:
@@ -346,7 +350,7 @@ def _run(
             events_are_written = False
         observe(line)
 
-    load_seconds = time.monotonic() - started
+    load_seconds = time.monotonic() - started - ready.trunk_seconds
     tell(
         "start",
         run=str(run.path),
@@ -356,9 +360,10 @@ def _run(
         data=job.data_report,
         labels=list(job.labels.values),
         base_line=_base_line(job),
+        warm_start=job.warm_start.line if job.warm_start else "",
         steps_per_epoch=job.steps_per_epoch,
         parameters={key: value for key, value in ready.parameters.items() if key != "layers"},
-        placement=f"{job.placement.line}, {engine.line}",
+        placement=ready.line,
         budget=_chosen_by_budget(job),
         estimate=found.as_dict() if found else None,
         recipe=job.recipe.model_dump(mode="json", exclude={"sha256"}),
@@ -368,9 +373,9 @@ def _run(
 
     if not any(run.checkpoints.glob("step-*")) and (line := start_head(ready)):
         tell("head", text=line)
-    progress, best = run_loop(run, job, model, engine.forward, tell, observe)
+    progress, best = run_loop(run, job, model, ready.forward, tell, observe)
     _restore(model, best)
-    scored, logits, scores = _score(job, engine.forward, best["eval_logits"].numpy())
+    scored, logits, scores = _score(ready, best["eval_logits"].numpy())
     temperature = scores["calibration"]["temperature"]
     compared = time.monotonic()
     simpler = {}
@@ -386,7 +391,7 @@ def _run(
         "evaluations": progress.evaluations,
         **{f"{key}_parameters": ready.parameters[key] for key in ("base", "total", "lora", "head", "trainable")},
     }
-    card = runreport.card(job, scores, scored.examples, logits, _environment(job, engine))
+    card = runreport.card(job, scores, scored.examples, logits, _environment(ready))
     if run.metrics.exists():  # of a run that lost a file since: from here on it is not finished
         run.metrics.unlink()
         durable.sync_folder(run.path)
@@ -414,6 +419,7 @@ def _run(
         "tokens_per_s": progress.tokens / max(progress.step_seconds, 1e-9),
         "padding_pct": padding,
         "load_seconds": load_seconds,
+        "trunk_seconds": ready.trunk_seconds,
         "train_seconds": progress.train_seconds,
         "core_seconds": progress.core_seconds,
         "estimated_train_seconds": found.train_seconds if found else None,
@@ -448,10 +454,15 @@ def _restore(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
             parameter.copy_(tensors[f"parameter/{name}"])
 
 
-def _score(
-    job: Job, forward: Forward, eval_logits: npt.NDArray[np.float32]
-) -> tuple[Part, npt.NDArray[np.float32], dict[str, Any]]:
-    """The headline: the test rows where there are any, else the evaluation rows that also chose the epoch."""
+def _score(ready: Ready, eval_logits: npt.NDArray[np.float32]) -> tuple[Part, npt.NDArray[np.float32], dict[str, Any]]:
+    """The headline: the test rows where there are any, else the evaluation rows that also chose the epoch.
+
+    It is what the adapter answers when it is used, so where epochs were chosen by kept states, which are rounded, the
+    rows are computed once more in full.
+    """
+    job, forward = ready.job, ready.engine.forward
+    if ready.trunk.depth and job.test is None:
+        eval_logits = compute_logits(forward, job.eval.encoded)
     eval_labels = job.eval.encoded.labels
     eval_scores = metrics(eval_logits, eval_labels, job.labels.values)
     if job.test is None:
@@ -512,10 +523,11 @@ def _verify_in_fresh_process(run: RunDir) -> dict[str, Any]:
     return found | {"seconds": time.monotonic() - began}
 
 
-def _describe(run: RunDir, job: Job, engine: Engine) -> None:
+def _describe(run: RunDir, ready: Ready) -> None:
     """What is known before the first step: environment, data report, rows set aside; what is there already stays."""
+    job = ready.job
     if not run.environment.exists():
-        rundir.write_json(run.environment, _environment(job, engine))
+        rundir.write_json(run.environment, _environment(ready))
     if not run.data_report.exists():
         rundir.write_json(run.data_report, job.data_report)
     if job.rejects and not run.rejects.exists():
@@ -526,7 +538,8 @@ def _describe(run: RunDir, job: Job, engine: Engine) -> None:
         durable.replace(run.rejects, text.getvalue().encode())
 
 
-def _environment(job: Job, engine: Engine) -> dict[str, Any]:
+def _environment(ready: Ready) -> dict[str, Any]:
+    job, engine, trunk = ready.job, ready.engine, ready.trunk
     return rundir.environment() | {
         "device": job.placement.device.type,
         "device_reason": job.placement.device_reason,
@@ -535,6 +548,8 @@ def _environment(job: Job, engine: Engine) -> dict[str, Any]:
         "dtype": engine.dtype,
         "forward": engine.name,
         "forward_reason": engine.reason,
+        "trunk": f"lower {trunk.depth} of {trunk.layers} layers cached" if trunk.depth else "computed",
+        "trunk_reason": trunk.reason,
         "sha256": job.recipe.sha256,
     }
 

@@ -160,6 +160,18 @@ class Packed(NamedTuple):
     groups: list[Group]
     order: Tensor
     """int64[B]: for each row as it was asked for, its place among the sorted."""
+    source: list[tuple[int, int]]
+    """Where each row begins and ends among the tokens of all texts."""
+
+
+class Stored(NamedTuple):
+    """What the first `depth` layers make of all texts, kept from an earlier pass.
+
+    states bfloat16[N, D], a vector for each token of `Encoded`, in its order.
+    """
+
+    states: Tensor
+    depth: int
 
 
 def pack(ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> Packed:
@@ -185,10 +197,11 @@ def pack(ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], rows: npt.N
             for row, count in zip(starts, counts, strict=True)
         ],
         order=torch.from_numpy(np.argsort(order)),
+        source=[(int(offsets[row]), int(offsets[row + 1])) for row in rows],
     )
 
 
-def logits(encoder: Encoder, batch: Packed, noise: Noise | None = None) -> Tensor:
+def logits(encoder: Encoder, batch: Packed, noise: Noise | None = None, stored: Stored | None = None) -> Tensor:
     """Logits float32[B, C] of a batch, in the order in which its rows were asked for.
 
     The last layer is computed for the first token of each row alone: the head reads no other. Keys and values of the
@@ -198,15 +211,26 @@ def logits(encoder: Encoder, batch: Packed, noise: Noise | None = None) -> Tenso
         encoder: The classifier.
         batch: Its tokens.
         noise: Randomness of dropout; None: no dropout. The head's dropout comes from torch's generator.
+        stored: States to begin from; None: from the embeddings.
+
+    Raises:
+        ValueError: LoRA stands beside a layer that `stored` would skip.
     """
+    if stored is not None and stored.depth > lowest_trained(encoder):
+        raise ValueError(f"{stored.depth} layers are stored, and LoRA stands beside layer {lowest_trained(encoder)}")
     trained = [matrix for layer in encoder.layers for matrix in layer.trained()]
     if not torch.is_grad_enabled():
-        with encoder.workspace.lock:
-            first, _ = _forward(encoder, batch, noise, keeps=False)
-            first = first[batch.order]
+        first = first_tokens(encoder, batch, noise, stored)
     else:
-        first = _Encoder.apply(encoder, batch, noise, *trained)  # type: ignore[no-untyped-call]
+        first = _Encoder.apply(encoder, batch, noise, stored, *trained)  # type: ignore[no-untyped-call]
     return _head(encoder.head, first.float(), training=noise is not None)
+
+
+def first_tokens(encoder: Encoder, batch: Packed, noise: Noise | None = None, stored: Stored | None = None) -> Tensor:
+    """What the head reads, [B, D], in the order in which rows were asked for, without gradients."""
+    with encoder.workspace.lock:
+        first, _ = _forward(encoder, batch, noise, stored, keeps=False)
+        return first[batch.order]
 
 
 def vectors(encoder: Encoder, batch: Packed, *, first_only: bool) -> Tensor:
@@ -219,19 +243,43 @@ def vectors(encoder: Encoder, batch: Packed, *, first_only: bool) -> Tensor:
     """
     bare = replace(encoder, layers=tuple(layer.without_lora() for layer in encoder.layers))
     with encoder.workspace.lock:
-        x, _ = _forward(bare, batch, None, keeps=False, first_only=first_only)
+        x, _ = _forward(bare, batch, None, None, keeps=False, first_only=first_only)
         if not first_only:
             spans = [x[g.token : g.token + g.rows * g.length].view(g.rows, g.length, -1) for g in batch.groups]
             x = torch.cat([span.float().mean(1) for span in spans])
         return x[batch.order].float()
 
 
+def trunk(encoder: Encoder, batch: Packed, depth: int) -> Tensor:
+    """What the first `depth` layers, fewer than all, make of a batch: bfloat16[N, D], tokens as they are packed."""
+    with torch.inference_mode(), encoder.workspace.lock:
+        encoder.workspace.batches += 1
+        x = _embed(encoder.embeddings, batch, None, encoder.workspace)
+        x, _ = _layers(encoder, x, range(depth), batch, None, keeps=False)
+        return x.to(torch.bfloat16, copy=True)
+
+
+def lowest_trained(encoder: Encoder) -> int:
+    """The number of the lowest layer with LoRA; of all layers where there is none."""
+    return next((i for i, layer in enumerate(encoder.layers) if layer.trained()), len(encoder.layers))
+
+
+def drops_below(encoder: Encoder, depth: int) -> bool:
+    """Whether dropout in the embeddings or the first `depth` layers makes every pass another one."""
+    rates = [encoder.embeddings.dropout]
+    for layer in encoder.layers[:depth]:
+        rates += [layer.attention_dropout, layer.attention_output_dropout, layer.output_dropout]
+    return any(rates)
+
+
 class _Encoder(torch.autograd.Function):
     """The states of the first tokens, in the order in which rows were asked for, as a function of every LoRA matrix."""
 
     @staticmethod
-    def forward(ctx: Any, encoder: Encoder, batch: Packed, noise: Noise | None, *trained: Tensor) -> Tensor:
-        first, ctx.saved = _forward(encoder, batch, noise, keeps=True)
+    def forward(
+        ctx: Any, encoder: Encoder, batch: Packed, noise: Noise | None, stored: Stored | None, *trained: Tensor
+    ) -> Tensor:
+        first, ctx.saved = _forward(encoder, batch, noise, stored, keeps=True)
         ctx.encoder, ctx.batch, ctx.noise, ctx.number = encoder, batch, noise, encoder.workspace.batches
         return first[batch.order]
 
@@ -241,7 +289,7 @@ class _Encoder(torch.autograd.Function):
         if encoder.workspace.batches != ctx.number:
             raise RuntimeError("another batch ran between this one's forward and its backward")
         dy: Tensor | None = torch.empty_like(d_first[0]).index_copy_(0, batch.order, d_first[0])
-        lowest = next(i for i, layer in enumerate(encoder.layers) if layer.trained())
+        lowest = lowest_trained(encoder)
         gradients: list[Tensor] = []
         for number in range(len(encoder.layers) - 1, lowest - 1, -1):
             assert dy is not None
@@ -255,22 +303,53 @@ class _Encoder(torch.autograd.Function):
                 needs_dx=number > lowest,
             )
             gradients = found + gradients
-        return None, None, None, *gradients
+        return None, None, None, None, *gradients
 
 
 def _forward(
-    encoder: Encoder, batch: Packed, noise: Noise | None, *, keeps: bool, first_only: bool = True
-) -> tuple[Tensor, list[Saved]]:
+    encoder: Encoder, batch: Packed, noise: Noise | None, stored: Stored | None, *, keeps: bool, first_only: bool = True
+) -> tuple[Tensor, dict[int, Saved]]:
     """The states of the first tokens, sorted by length: [B, D], or of all: [N, D]; and what the backward needs."""
     encoder.workspace.batches += 1
-    x = _embed(encoder.embeddings, batch, noise, encoder.workspace)
-    saved = []
-    for number, layer in enumerate(encoder.layers):
+    begin = 0 if stored is None else stored.depth
+    x = (
+        _embed(encoder.embeddings, batch, noise, encoder.workspace)
+        if stored is None
+        else _read(stored, batch, encoder.embeddings.word.dtype, encoder.workspace)
+    )
+    lowest = max(begin, lowest_trained(encoder)) if keeps else len(encoder.layers)
+    # The memory of the lower ones is shared.
+    x, _ = _layers(encoder, x, range(begin, lowest), batch, noise, keeps=False, first_only=first_only)
+    return _layers(encoder, x, range(lowest, len(encoder.layers)), batch, noise, keeps=keeps, first_only=first_only)
+
+
+def _layers(
+    encoder: Encoder,
+    x: Tensor,
+    numbers: range,
+    batch: Packed,
+    noise: Noise | None,
+    *,
+    keeps: bool,
+    first_only: bool = True,
+) -> tuple[Tensor, dict[int, Saved]]:
+    """States through some layers, and what the backward needs of each."""
+    saved = {}
+    for number in numbers:
         scope = Scope(number, batch.groups, encoder.workspace, noise, keeps, x.dtype)
         is_last = number == len(encoder.layers) - 1
-        x, kept = forward(layer, x, scope, batch.first if is_last and first_only else None)
-        saved.append(kept)
+        x, saved[number] = forward(encoder.layers[number], x, scope, batch.first if is_last and first_only else None)
     return x, saved
+
+
+def _read(stored: Stored, batch: Packed, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+    """The stored states of a batch, packed: [N, D]."""
+    x = workspace.take("embedded", shape=(len(batch.ids), stored.states.shape[1]), dtype=dtype)
+    done = 0
+    for begin, end in batch.source:
+        x[done : done + end - begin].copy_(stored.states[begin:end])
+        done += end - begin
+    return x
 
 
 def _embed(e: Embeddings, batch: Packed, noise: Noise | None, workspace: Workspace) -> Tensor:
