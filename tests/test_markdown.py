@@ -74,6 +74,11 @@ def test_the_card_says_how_good_and_how_to_use_it_and_no_more() -> None:
         assert told not in text, told
 
 
+def test_the_longest_name_of_a_base_is_whole_in_the_front_matter() -> None:
+    name = "an-organisation/" + "a" * 80  # hub ids have up to 96 characters
+    assert f"\nbase_model: {name}\n" in markdown.card(sample(base=name))
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [("roberta-base", "roberta-base"), ("no", '"no"'), ("a: b", '"a: b"'), ('q"\\', '"q\\"\\\\"'), ("1.0", '"1.0"')],

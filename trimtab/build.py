@@ -74,7 +74,7 @@ def _check_head(warm: WarmStart, head: Sequence[str]) -> None:
     if warm.with_head and set(head) != set(warm.adapter.head):
         raise RecipeError(
             "lora.modules_to_save",
-            f"The adapter to start from was trained in full in {some(warm.adapter.head)}, this run trains {some(head)}.",
+            f"The adapter to start from trained {some(warm.adapter.head)} in full, this run trains {some(head)}.",
             where=f"lora.init_from = {warm.adapter.folder}",
             mend=f"--set lora.modules_to_save={','.join(warm.adapter.head)}",
         )

@@ -338,7 +338,7 @@ def find(
     return Findings(
         run=shown(PurePath(run).name, _LONGEST_NAME),
         started=started,
-        base=shown(base, _LONGEST_NAME),
+        base=shown(base, _LONGEST_TEXT),
         labels=tuple(
             Label(*(shown(name, _LONGEST_LABEL) for name in (label.value, label.zh, label.en))) for label in labels
         ),
@@ -681,7 +681,7 @@ def _machine(environment: Mapping[str, Any]) -> tuple[str, ...]:
         " ".join([str(processor.get("name", "")), *map(str, _list(processor.get("features")))]),
         str(environment.get("system", "")),
         f"{environment['device']}, {environment.get('dtype', '')}" if "device" in environment else "",
-        f"{environment['threads']} threads of {environment.get('cores', '?')} cores"
+        f"threads: {environment['threads']}, cores: {environment.get('cores', '?')}"
         if "threads" in environment
         else "",
         f"forward: {environment['forward']}" if "forward" in environment else "",
@@ -700,7 +700,7 @@ def _repeat(recipe: Recipe, base: str, environment: Mapping[str, Any], run: str)
     command = shlex.join(flags)
     from_run = shlex.join(["trimtab", "train", "--recipe", str(PurePath(run) / "recipe.toml")])
     sums = [
-        (shown(base if path == recipe.base.model else PurePath(path).name, _LONGEST_NAME), digest)
+        (shown(base, _LONGEST_TEXT) if path == recipe.base.model else shown(PurePath(path).name, _LONGEST_NAME), digest)
         for path, digest in sorted(recipe.sha256.items(), key=lambda one: one[0] != recipe.base.model)  # the base first
     ]
     return Repeat(

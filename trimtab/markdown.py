@@ -258,7 +258,7 @@ def _bins(columns: Sequence[tuple[Sequence[Bin], str, str]], language: str) -> L
     """Accuracy of each bin that has rows, a pair of columns for each set of bins."""
     heads, rows = [say("confidence", language)], []
     for _, key, temperature in columns:
-        heads += [say("rows", language), f"{say('accuracy', language)}, {say(key, language, temperature=temperature)}"]
+        heads += [say("rows", language), f"{say('accuracy', language)} · {say(key, language, temperature=temperature)}"]
     for bins in zip(*(bins for bins, _, _ in columns), strict=True):
         if any(one.rows for one in bins):
             cells = [cell for one in bins for cell in (count(one.rows), score(one.accuracy) if one.rows else "")]
@@ -275,7 +275,7 @@ def _data(found: Findings, language: str) -> Lines:
     heads = ["", *(say(part.role, language) for part in found.parts)]
     lines = _table(heads, rows, right=range(1, len(heads)))
     if found.warnings:
-        lines += ["", f"{say('warnings', language)}:", "", *(f"- {code(line)}" for line in found.warnings)]
+        lines += ["", say("warnings", language), "", *(f"- {code(line)}" for line in found.warnings)]
     return lines
 
 

@@ -7,7 +7,7 @@ run that was written before there were reports lacks some of it, and its report 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,14 @@ from trimtab.data import Example
 from trimtab.errors import ArtefactError
 from trimtab.findings import Findings, Label, Scored, StepLoss
 from trimtab.predictions import Stored
-from trimtab.resolve import Job
 from trimtab.rundir import RunDir, locate
+
+if TYPE_CHECKING:
+    from trimtab.resolve import Job  # with it come transformers and peft, which take seconds
 
 
 def card(
-    job: Job,
+    job: "Job",
     metrics: Mapping[str, Any],
     examples: list[Example],
     logits: npt.NDArray[np.float32],
