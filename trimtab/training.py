@@ -26,7 +26,7 @@ from trimtab import adapter, batching, checkpoint, config, durable, estimate, ev
 from trimtab.classification import compute_logits, metrics
 from trimtab.config import MINILM, Layered
 from trimtab.data import Reject
-from trimtab.errors import ArtefactError, DataError, ResourceError, TrimtabError
+from trimtab.errors import ArtefactError, DataError, ResourceError, TrimtabError, some
 from trimtab.estimate import Estimate
 from trimtab.evaluation import write_predictions
 from trimtab.forward import Engine, Forward, choose
@@ -43,7 +43,7 @@ from trimtab.model import (
     resolve_targets,
     trainable,
 )
-from trimtab.resolve import Job, Part, adapter_to_start_from, resolve, with_settings_of
+from trimtab.resolve import Job, Part, WarmStart, adapter_to_start_from, resolve, with_settings_of
 from trimtab.rundir import RunDir
 from trimtab.trunk import Trunk, choose_trunk, load_trunk
 
@@ -84,6 +84,8 @@ class Ready:
     """The loop's: the engine's own, or from kept states. Answers that are stored are the engine's."""
     trunk_seconds: float = 0.0
     """What finding or making the kept states took."""
+    warm_start: str = ""
+    """What was taken of an adapter to start from, for people."""
 
     @property
     def line(self) -> str:
@@ -308,10 +310,25 @@ def make_ready(job: Job) -> Ready:
     targets = on_layers(loaded.model, recipe.lora.target_modules, recipe.lora, head)
     parameters = count(loaded.model, recipe.lora, targets, head).as_dict()
     model = inject(loaded.model, recipe.lora, targets, head, job.base.recorded_as).to(job.placement.device)
-    if warm := job.warm_start:
-        adapter.start_from(model, warm.adapter, job.base, factor=warm.factor, with_head=warm.with_head)
+    warm_start = _start_from(job.warm_start, model, head, job) if job.warm_start else ""
     engine = choose(model, job.tokenizer.pad_id, job.placement.device, recipe.runtime)
-    return Ready(job, model, head, parameters, engine, choose_trunk(job, engine), engine.forward)
+    trunk = choose_trunk(job, engine)
+    return Ready(job, model, head, parameters, engine, trunk, engine.forward, warm_start=warm_start)
+
+
+def _start_from(warm: WarmStart, model: Any, head: Sequence[str], job: Job) -> str:
+    """Gives a model what it starts from; says what that is."""
+    first, reason = warm.adapter, ""
+    if not warm.same_labels:
+        reason = f"its labels were {some(first.labels.values, 8)}"
+    elif set(first.head) != set(head):
+        reason = f"it was trained in full in {some(first.head)}"
+    adapter.start_from(model, first, job.base, factor=warm.factor, with_head=not reason)
+    return (
+        f"A and B of {first.folder}"
+        + (f", whose head is left ({reason}): a new one is drawn" if reason else ", and its head")
+        + (f"; B times {warm.factor:g}, for its lora_alpha was {first.lora.lora_alpha}" if warm.factor != 1 else "")
+    )
 
 
 def _chosen_by_budget(job: Job) -> dict[str, Any]:
@@ -399,7 +416,7 @@ def _run(
         data=job.data_report,
         labels=list(job.labels.values),
         base_line=_base_line(job),
-        warm_start=job.warm_start.line if job.warm_start else "",
+        warm_start=ready.warm_start,
         steps_per_epoch=job.steps_per_epoch,
         parameters={key: value for key, value in ready.parameters.items() if key != "layers"},
         placement=ready.line,
