@@ -288,7 +288,7 @@ class TestFolder:
         ready = training._with_trunk(training.make_ready(resolve(layered)), events.append)
         return events, compute_logits(ready.forward, ready.job.train.encoded)
 
-    @pytest.mark.parametrize("damage", ["bit", "half", "no states", "no manifest", "other manifest", "list"])
+    @pytest.mark.parametrize("damage", ["bit", "half", "no states", "no manifest", "no sum", "other rows", "list"])
     def test_damage_is_noticed_and_made_anew(self, layered: Layered, cache: Path, damage: str) -> None:
         _, good = self.load(layered)
         before = {path.name: contents(path) for path in entries(cache)}
@@ -301,7 +301,10 @@ class TestFolder:
                 "half": lambda states=states, raw=raw: states.write_bytes(raw[: len(raw) // 2]),
                 "no states": states.unlink,
                 "no manifest": manifest.unlink,
-                "other manifest": lambda manifest=manifest: manifest.write_text("{}"),
+                "no sum": lambda manifest=manifest: manifest.write_text("{}"),
+                "other rows": lambda manifest=manifest: manifest.write_text(
+                    json.dumps(json.loads(manifest.read_text("utf-8")) | {"of": {}})
+                ),
                 "list": lambda manifest=manifest: manifest.write_text("[1]"),
             }[damage]()
         events, again = self.load(layered)
@@ -323,8 +326,12 @@ class TestFolder:
         self.load(other(3).override({"runtime.trunk_cache_gb": 2.2 * one / 1e9}, "test"))
         assert first < set(entries(cache))
         assert not second <= set(entries(cache))
-        self.load(other(4).override({"runtime.trunk_cache_gb": 1.1 * one / 1e9}, "test"))
-        assert len(entries(cache)) == 2
+        for _ in range(2):
+            self.load(other(4).override({"runtime.trunk_cache_gb": 1.1 * one / 1e9}, "test"))
+            mine = entries(cache)
+            assert len(mine) == 2
+            shutil.rmtree(mine[0])
+            os.utime(mine[1] / "manifest.json", (10_000, 10_000))
 
     def test_what_a_killed_process_left_is_swept_and_what_is_being_written_stays(
         self, layered: Layered, cache: Path
