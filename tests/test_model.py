@@ -285,9 +285,9 @@ def test_a_long_list_of_targets_is_recorded_as_it_was_told(tmp_path: Path) -> No
     model = empty_model(AutoConfig.for_model("bert", num_hidden_layers=6, vocab_size=50, hidden_size=8,
                                              num_attention_heads=2, intermediate_size=16))  # fmt: skip
     head = head_modules(model, outside_blocks(model))
-    lora = LoraSettings(layers="top:4")
+    lora = LoraSettings(layers="top:6")
     names = on_layers(model, resolve_targets(model, "all-linear", head), lora, head)
-    assert len(names) == 24
+    assert len(names) == 36
     injected = inject(model, lora, names, head, "base")
     assert injected.peft_config["default"].target_modules == set(names)
     adapted_ = {name.partition(".lora_A")[0] for name, _ in injected.named_modules() if name.endswith(".lora_A")}

@@ -27,9 +27,9 @@ from trimtab.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("quick", "cache")
 
-# Largest difference of a logit between a trunk in bfloat16 and one in float32, of MiniLM with LoRA at work on its top
-# two layers, where logits reach 2.6. docs/guarantees.md states it.
-ROUNDING = 0.03
+# Largest difference of a logit between a trunk in bfloat16 and one in float32, as a share of the largest logit: MiniLM
+# with LoRA at work on its top two layers. Read once, by hand: 0.0011. docs/guarantees.md states the bound.
+ROUNDING = 0.005
 
 
 @pytest.fixture
@@ -114,12 +114,13 @@ class TestForward:
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
             if name.endswith("classifier.modules_to_save.default.weight"):
-                torch.nn.init.normal_(parameter, std=0.3)
+                torch.nn.init.normal_(parameter, std=0.8)
         read = build.with_trunk(ready, lambda event: None)
         exact = compute_logits(ready.engine.forward, ready.job.train.encoded)
         rounded = compute_logits(read.forward, ready.job.train.encoded)
-        assert 0.3 < np.abs(exact).max() < 5
-        assert 0 < np.abs(exact - rounded).max() < ROUNDING
+        largest = np.abs(exact).max()
+        assert largest > 1
+        assert 0 < np.abs(exact - rounded).max() < ROUNDING * largest
         assert np.array_equal(rounded, compute_logits(read.forward, ready.job.train.encoded))
 
 
@@ -287,7 +288,7 @@ class TestFolder:
         ready = build.with_trunk(build.make_ready(resolve(layered)), events.append)
         return events, compute_logits(ready.forward, ready.job.train.encoded)
 
-    @pytest.mark.parametrize("damage", ["bit", "half", "no states", "no manifest", "other manifest", "list"])
+    @pytest.mark.parametrize("damage", ["bit", "half", "no states", "no manifest", "no sum", "other rows", "list"])
     def test_damage_is_noticed_and_made_anew(self, layered: Layered, cache: Path, damage: str) -> None:
         _, good = self.load(layered)
         before = {path.name: contents(path) for path in entries(cache)}
@@ -300,7 +301,10 @@ class TestFolder:
                 "half": lambda states=states, raw=raw: states.write_bytes(raw[: len(raw) // 2]),
                 "no states": states.unlink,
                 "no manifest": manifest.unlink,
-                "other manifest": lambda manifest=manifest: manifest.write_text("{}"),
+                "no sum": lambda manifest=manifest: manifest.write_text("{}"),
+                "other rows": lambda manifest=manifest: manifest.write_text(
+                    json.dumps(json.loads(manifest.read_text("utf-8")) | {"of": {}})
+                ),
                 "list": lambda manifest=manifest: manifest.write_text("[1]"),
             }[damage]()
         events, again = self.load(layered)
@@ -321,9 +325,13 @@ class TestFolder:
         one = max(sum((path / "states.bin").stat().st_size for path in part) for part in (first, second))
         self.load(other(3).override({"runtime.trunk_cache_gb": 2.2 * one / 1e9}, "test"))
         assert first < set(entries(cache))
-        assert not second & set(entries(cache))
-        self.load(other(4).override({"runtime.trunk_cache_gb": 1.1 * one / 1e9}, "test"))
-        assert len(entries(cache)) == 2
+        assert not second <= set(entries(cache))
+        for _ in range(2):
+            self.load(other(4).override({"runtime.trunk_cache_gb": 1.1 * one / 1e9}, "test"))
+            mine = entries(cache)
+            assert len(mine) == 2
+            shutil.rmtree(mine[0])
+            os.utime(mine[1] / "manifest.json", (10_000, 10_000))
 
     def test_what_a_killed_process_left_is_swept_and_what_is_being_written_stays(
         self, layered: Layered, cache: Path
@@ -340,11 +348,13 @@ class TestFolder:
         """Both have seen that nothing is there before either writes."""
         ready = [build.make_ready(resolve(layered)) for _ in range(2)]
         both, write = threading.Barrier(2), durable.write_pieces
-        monkeypatch.setattr(
-            durable,
-            "write_pieces",
-            lambda path, pieces: (path.name == "states.bin" and both.wait(20), write(path, pieces)),
-        )
+
+        def together(path: Path, pieces: Any) -> None:
+            if path.name == "states.bin":
+                both.wait(20)
+            write(path, pieces)
+
+        monkeypatch.setattr(durable, "write_pieces", together)
         found: dict[int, Any] = {}
 
         def work(number: int) -> None:

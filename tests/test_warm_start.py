@@ -62,8 +62,7 @@ def test_what_is_left_open_is_the_adapters_and_so_are_the_first_answers(
     }
     assert lora.init_from == str(first.adapter)
     np.testing.assert_allclose(answers(ready), expected(first, ready), atol=1e-5)
-    assert ready.job.warm_start is not None
-    assert ready.job.warm_start.line.endswith("and its head")
+    assert ready.warm_start.endswith("and its head")
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
@@ -75,8 +74,7 @@ def test_another_alpha_starts_at_the_same_answers(
     ready = training.make_ready(resolve(start(file, bert, before.path, lora__lora_alpha=50)))
     assert ready.job.recipe.lora.lora_alpha == 50
     np.testing.assert_allclose(answers(ready), expected(before, ready), atol=1e-5)
-    assert ready.job.warm_start is not None
-    assert "B times 0.32" in ready.job.warm_start.line
+    assert "B times 0.32" in ready.warm_start
 
 
 @pytest.mark.parametrize("named", [("good", "bad"), ("neg", "pos", "so-so")])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trimtab import adapter
-from trimtab.errors import RecipeError, some
+from trimtab.errors import some
 from trimtab.forward import Engine, Forward, choose
 from trimtab.machine import give_back_freed_memory
 from trimtab.model import count, head_modules, inject, load_base, on_layers
@@ -35,6 +35,8 @@ class Ready:
     """The loop's: the engine's own, or from kept states. Answers that are stored are the engine's."""
     trunk_seconds: float = 0.0
     """What finding or making the kept states took."""
+    warm_start: str = ""
+    """What was taken of an adapter to start from, for people."""
 
     @property
     def line(self) -> str:
@@ -56,28 +58,27 @@ def make_ready(job: Job) -> Ready:
     targets = on_layers(loaded.model, recipe.lora.target_modules, recipe.lora, head)
     parameters = count(loaded.model, recipe.lora, targets, head).as_dict()
     model = inject(loaded.model, recipe.lora, targets, head, job.base.recorded_as).to(job.placement.device)
-    head_is_new = bool(loaded.new_parameters)
-    if warm := job.warm_start:
-        _check_head(warm, head)
-        adapter.start_from(model, warm.adapter, job.base, factor=warm.factor, with_head=warm.with_head)
-        head_is_new = not warm.with_head
+    warm_start, with_head = _start_from(job.warm_start, model, head, job) if job.warm_start else ("", False)
+    head_is_new = bool(loaded.new_parameters) and not with_head
     engine = choose(model, job.tokenizer.pad_id, job.placement.device, recipe.runtime)
-    return Ready(job, model, head, head_is_new, parameters, engine, choose_trunk(job, engine), engine.forward)
+    trunk = choose_trunk(job, engine)
+    return Ready(job, model, head, head_is_new, parameters, engine, trunk, engine.forward, warm_start=warm_start)
 
 
-def _check_head(warm: WarmStart, head: Sequence[str]) -> None:
-    """What is trained in full is known once the base's weights are.
-
-    Raises:
-        RecipeError: the adapter's head is to be taken, and is made of other modules.
-    """
-    if warm.with_head and set(head) != set(warm.adapter.head):
-        raise RecipeError(
-            "lora.modules_to_save",
-            f"The adapter to start from trained {some(warm.adapter.head)} in full, this run trains {some(head)}.",
-            where=f"lora.init_from = {warm.adapter.folder}",
-            mend=f"--set lora.modules_to_save={','.join(warm.adapter.head)}",
-        )
+def _start_from(warm: WarmStart, model: Any, head: Sequence[str], job: Job) -> tuple[str, bool]:
+    """Gives a model what it starts from; says what that is, and whether the head is in it."""
+    first, reason = warm.adapter, ""
+    if not warm.same_labels:
+        reason = f"its labels were {some(first.labels.values, 8)}"
+    elif set(first.head) != set(head):
+        reason = f"it was trained in full in {some(first.head)}"
+    adapter.start_from(model, first, job.base, factor=warm.factor, with_head=not reason)
+    line = (
+        f"A and B of {first.folder}"
+        + (f", whose head is left ({reason}): a new one is drawn" if reason else ", and its head")
+        + (f"; B times {warm.factor:g}, for its lora_alpha was {first.lora.lora_alpha}" if warm.factor != 1 else "")
+    )
+    return line, not reason
 
 
 def with_trunk(ready: Ready, observe: Callable[[Mapping[str, Any]], None]) -> Ready:

@@ -58,9 +58,8 @@ class WarmStart:
     adapter: Adapter
     factor: float
     """What its B is multiplied by: its scaling / ours, so that the first answers are its own."""
-    with_head: bool
-    line: str
-    """What is taken, for people."""
+    same_labels: bool
+    """In the same order: only then its head says anything here."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,13 @@ def resolve(layered: Layered) -> Job:
     labels = make_labels(values, recipe.data.names)
     parts = _draw(recipe, rows)
     base = find_base(recipe.base.model)
+    first = adapter_to_start_from(recipe)
+    sums = _check_sums(recipe, rows, base, first)
 
     tokenizer = tokens.from_base(base.folder)
     config = load_config(base.folder, num_labels=len(labels), dropout=recipe.base.dropout, pad_id=tokenizer.pad_id)
     skeleton = empty_model(config)
     head = head_modules(skeleton, outside_blocks(skeleton), recipe.lora.also_saved)
-    first = adapter_to_start_from(recipe)
-    sums = _check_sums(recipe, rows, base, first)
     if first:
         layered = with_settings_of(layered, first, base, skeleton, head)
         recipe = layered.recipe
@@ -167,7 +166,11 @@ def resolve(layered: Layered) -> Job:
     return Job(
         layered=settled,
         base=base,
-        warm_start=_warm_start(first, settled.recipe, labels) if first else None,
+        warm_start=WarmStart(
+            first, first.lora.scaling / settled.recipe.lora.scaling, first.labels.values == labels.values
+        )
+        if first
+        else None,
         model_config=config,
         tokenizer=tokenizer,
         labels=labels,
@@ -251,12 +254,8 @@ def with_settings_of(layered: Layered, first: Adapter, base: Base, skeleton: Any
             )
     names, layers = by_layers(skeleton, first.lora.target_modules, head)
     theirs_are = {**first.lora.model_dump(include=set(_FITTING)), "target_modules": names, "layers": layers}
-    # One is said where it counts; the other then follows from the adapter only together with it.
-    together = (
-        {"target_modules", "layers"} if {"lora.target_modules", "lora.layers"} & layered.origins.keys() else set()
-    )
-    open_ = [key for key in _FITTING if f"lora.{key}" not in layered.origins and key not in together]
-    layered = layered.override({f"lora.{key}": theirs_are[key] for key in open_}, "as the adapter in lora.init_from")
+    left = {f"lora.{key}": theirs_are[key] for key in _FITTING if f"lora.{key}" not in layered.origins}
+    layered = layered.override(left, "as the adapter in lora.init_from")
     ours_is = layered.recipe.lora
     targets = on_layers(skeleton, resolve_targets(skeleton, ours_is.target_modules, head), ours_is, head)
     wanted = adapted(skeleton, targets, head).keys()
@@ -281,20 +280,6 @@ def with_settings_of(layered: Layered, first: Adapter, base: Base, skeleton: Any
             f"--set lora.target_modules={','.join(names)} --set lora.layers={layers}",
         )
     return layered
-
-
-def _warm_start(first: Adapter, recipe: Recipe, labels: Labels) -> WarmStart:
-    """What is taken of an adapter: A and B, and its head where it answers with the same labels in the same order."""
-    factor = first.lora.scaling / recipe.lora.scaling
-    reason = ""
-    if first.labels.values != labels.values:
-        reason = f"its labels were {some(first.labels.values, 8)}"
-    line = f"A and B of {first.folder}" + (
-        f", whose head is left ({reason}): a new one is drawn" if reason else ", and its head"
-    )
-    if factor != 1:
-        line += f"; B times {factor:g}, for its lora_alpha was {first.lora.lora_alpha}"
-    return WarmStart(first, factor, not reason, line)
 
 
 def _check_sums(recipe: Recipe, rows: dict[str, Rows], base: Base, first: Adapter | None) -> dict[str, str]:

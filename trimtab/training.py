@@ -360,7 +360,7 @@ def _run(
         data=job.data_report,
         labels=list(job.labels.values),
         base_line=_base_line(job),
-        warm_start=job.warm_start.line if job.warm_start else "",
+        warm_start=ready.warm_start,
         steps_per_epoch=job.steps_per_epoch,
         parameters={key: value for key, value in ready.parameters.items() if key != "layers"},
         placement=ready.line,
