@@ -128,8 +128,8 @@ def test_the_run_repeats_resumes_and_knows_its_adapter(
     [
         ({"lora__r": 8}, ["lora.r = 8, the adapter has 4", "--set lora.r=4"]),
         ({"lora__variant": "dora"}, ["lora.variant = dora, the adapter has lora"]),
-        ({"lora__layers": "all"}, ["beside 12 weights", "beside 2", "--set lora.layers=top:1"]),
-        ({"lora__target_modules": ("query",)}, ["beside 2 weights", "lora.target_modules=attention.self.query,"]),
+        ({"lora__layers": "all"}, ["beside 4 weights", "beside 2", "--set lora.layers=top:1"]),
+        ({"lora__target_modules": ("query",)}, ["beside 1 weights", "lora.target_modules=attention.self.query,"]),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_setting(
