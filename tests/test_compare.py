@@ -17,9 +17,9 @@ from conftest import reviews, write_csv
 from test_training import small
 from typer.testing import CliRunner
 
-from trimtab import comparison, rivals, training, trials
+from trimtab import comparison, rivals, rundir, training, trials
 from trimtab.cli import app
-from trimtab.errors import ArtefactError, RecipeError, ResourceError
+from trimtab.errors import ArtefactError, DivergedError, RecipeError, ResourceError
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -229,10 +229,63 @@ def test_wrong_plans_are_refused_before_anything_is_written(
         with pytest.raises(RecipeError, match=said):
             trials.run(layered, trials.Plan(methods), out=str(tmp_path / "o"), tell=print)
     assert not (tmp_path / "o").exists()
+    with pytest.raises(RecipeError, match="from 0 up to 1"):
+        trials.run(layered, trials.Plan(("lora", "full"), margin=float("nan")), out=str(tmp_path / "o"), tell=print)
+    with pytest.raises(RecipeError, match="would favour one"):
+        trials.run(
+            layered.override({"lora.init_from": "x"}, "test"),
+            trials.Plan(("lora", "full")),
+            out=str(tmp_path / "o"),
+            tell=print,
+        )
     monkeypatch.setattr(trials, "available_memory", lambda: 1)
     with pytest.raises(ResourceError, match="Full fine-tuning"):
         trials.run(layered, trials.Plan(("lora", "full")), out=str(tmp_path / "o"), tell=print)
-    assert not (tmp_path / "o" / "trials").exists()
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_damaged_trial_is_named_with_the_way_out(
+    compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _found = compared
+    place = rundir.RunDir(Path(shutil.copytree(folder, tmp_path / "c")) / "trials" / "full")
+    (answers,) = place.path.glob("*/seed-43/predictions.parquet")
+    answers.write_bytes(b"PAR")
+    with pytest.raises(ArtefactError, match="trial that had finished is damaged") as told:
+        trials._answers(rundir.RunDir(answers.parent))
+    assert "delete the folder" in told.value.mend
+    (answers.parent / "metrics.json").write_text("{bad", "utf-8")
+    with pytest.raises(ArtefactError, match=r"metrics\.json"):
+        trials.train_once(rundir.RunDir(answers.parent), None)  # type: ignore[arg-type]
+
+
+def test_a_folder_of_trials_is_no_run(compared: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = compared
+    with pytest.raises(ArtefactError, match="not a run directory"):
+        training.resume(folder)
+
+
+def test_why_a_trial_failed_is_told_with_its_own_exit_code(
+    csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(command: Sequence[str], log: Path) -> int:
+        log.write_text("step 1\nerror [train.diverged]: not finite\n  mend: smaller\n", "utf-8")
+        return 6
+
+    monkeypatch.setattr(trials, "_in_a_process", failing)
+    with pytest.raises(DivergedError, match=r"error \[train\.diverged\]: not finite"):
+        trials.train_once(rundir.RunDir(tmp_path / "t"), small(csv_file, bert))
+
+
+def test_flags_that_belong_elsewhere_are_refused(runs: list[Path], csv_file: Path) -> None:
+    for arguments, said in (
+        ([str(run) for run in runs] + ["--seeds", "3"], "belong to --methods"),
+        ([str(runs[0]), str(csv_file)], "is a file of rows"),
+        ([str(csv_file), "--methods", "lora, full", "--metric", "macro_f1"], "compared by accuracy"),
+    ):
+        result = CliRunner().invoke(app, ["compare", *arguments])
+        assert isinstance(result.exception, RecipeError)
+        assert said in str(result.exception)
 
 
 def test_seeds_and_rows_are_both_drawn() -> None:

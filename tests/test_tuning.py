@@ -11,7 +11,8 @@ from test_compare import in_this_process
 from test_training import small
 
 from trimtab import config, trials, tuning
-from trimtab.errors import MissingExtraError, RecipeError
+from trimtab.errors import ArtefactError, DivergedError, MissingExtraError, RecipeError, ResourceError
+from trimtab.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("quick")
 optuna = pytest.importorskip("optuna")
@@ -24,14 +25,21 @@ def searched(
     """Two recipes tried, a third begun and stopped, four asked for."""
     folder = tmp_path_factory.mktemp("tune")
     file = write_csv(folder / "rows.csv", reviews(120))
-    layered = small(file, bert, data__test=(str(write_csv(folder / "test.csv", reviews(20))),))
+    layered = config.assemble(
+        "default",
+        {
+            "data.train": (str(file),),
+            "data.test": (str(write_csv(folder / "test.csv", reviews(20))),),
+            "base.model": str(bert),
+        },
+    )
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trials, "_in_a_process", in_this_process)
         patch.setattr(tuning, "_EPOCHS", (1, 3))
         tuning.tune(layered, 2, out=str(folder / "out"), tell=told.append)
         study = optuna.load_study(study_name="trimtab", storage=f"sqlite:///{folder / 'out' / 'study.db'}")
-        tuning._suggest(study.ask(), 5e-3)
+        tuning._suggest(study.ask(), layered, 1e-3)
         found = tuning.tune(layered, 4, out=str(folder / "out"), tell=told.append)
     return folder / "out", layered, found, told
 
@@ -71,6 +79,55 @@ def test_a_folder_of_another_search_is_refused(
     folder, *_ = searched
     with pytest.raises(RecipeError, match="another search"):
         tuning.tune(small(csv_file, bert), 1, out=str(folder), tell=print)
+
+
+def test_what_the_recipe_fixes_is_not_searched(csv_file: Path, bert: Path, tmp_path: Path) -> None:
+    fixed = config.assemble("default", {"data.train": (str(csv_file),)}, ["lora.r=2", "train.num_epochs=1"])
+    assert tuning._open_settings(fixed) == ("train.learning_rate", "lora.target_modules")
+    start = fixed.override({"lora.init_from": "elsewhere"}, "--set")
+    assert tuning._open_settings(start) == ("train.learning_rate",)
+    with pytest.raises(RecipeError, match="fixes all that is searched"):
+        tuning.tune(
+            config.assemble("tutorial", {"data.train": (str(csv_file),), "base.model": str(bert)}),
+            2,
+            out=str(tmp_path / "t"),
+            tell=print,
+        )
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_recipe_that_diverges_does_not_end_the_search(
+    csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[str] = []
+
+    def train(place: Any, layered: Any) -> dict[str, Any]:
+        rounds.append(place.path.name)
+        if len(rounds) == 1:
+            raise DivergedError("trial.failed", "it diverged")
+        return {"loss": 0.5, "accuracy": 0.5, "macro_f1": 0.5}
+
+    monkeypatch.setattr(tuning, "train_once", train)
+    told: list[str] = []
+    layered = config.assemble("default", {"data.train": (str(csv_file),), "base.model": str(bert)})
+    assert tuning.tune(layered, 3, out=str(tmp_path / "t"), tell=told.append)["best"] == 0.5
+    assert len(rounds) == 3
+    assert sum("diverged" in line for line in told) == 1
+
+
+def test_a_damaged_record_and_a_second_searcher_are_refused(csv_file: Path, bert: Path, tmp_path: Path) -> None:
+    from trimtab import rundir
+
+    layered = config.assemble("default", {"data.train": (str(csv_file),), "base.model": str(bert)})
+    folder = tmp_path / "t"
+    folder.mkdir()
+    (folder / trials.PLAN).write_text(config.dump(resolve(layered).layered), "utf-8")
+    (folder / "study.db").write_text("garbage", "utf-8")
+    with pytest.raises(ArtefactError, match="damaged"):
+        tuning.tune(layered, 1, out=str(folder), tell=print)
+    (folder / "study.db").unlink()
+    with rundir.only_writer(rundir.RunDir(folder)), pytest.raises(ResourceError, match="is writing this run"):
+        tuning.tune(layered, 1, out=str(folder), tell=print)
 
 
 def test_without_optuna_the_extra_is_named(csv_file: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -341,17 +341,24 @@ def compare(
 
     given = _given(None, eval_files, test_files, text, label, base, bad_rows)
     if not methods:
-        if given or settings or out or recipe != "default":
+        files = [item for item in items if os.path.isfile(item) and Path(item).name != "latest"]
+        if given or settings or out or recipe != "default" or (seeds, rates, margin) != (5, 3, 0.01) or files:
             raise RecipeError(
-                "usage", "Finished runs are compared as they are.", mend="--methods lora,full trains; or RUN RUN alone"
+                "usage",
+                f"{files[0]} is a file of rows: methods are trained on it, and none is named."
+                if files
+                else "Finished runs are compared as they are; the other flags belong to --methods.",
+                mend="--methods lora,full trains on a file; or RUN RUN, with --metric alone",
             )
         found = compare_runs(items, metric)
         lines = compare_lines(found)
     else:
         from trimtab import config, trials
 
+        if metric != "accuracy":
+            raise RecipeError("usage", "Methods are compared by accuracy.", where="--metric", mend="leave --metric out")
         layered = config.assemble(recipe, given | {"data.train": tuple(items)}, settings or [])
-        wanted = trials.Plan(tuple(methods.split(",")), seeds, rates, margin)
+        wanted = trials.Plan(tuple(name.strip() for name in methods.split(",")), seeds, rates, margin)
         with _stop_hint(lambda: _TRIALS_HINT):
             found = trials.run(layered, wanted, out=out, tell=_say)
         lines = trials.table_lines(found)

@@ -16,7 +16,7 @@ from trimtab import durable, findings, markdown, page, predictions
 from trimtab.classification import Labels, make_labels, softmax
 from trimtab.config import load_recipe
 from trimtab.data import Example
-from trimtab.errors import ArtefactError
+from trimtab.errors import ArtefactError, TrimtabError
 from trimtab.findings import Findings, Label, Scored, StepLoss
 from trimtab.predictions import Stored
 from trimtab.rundir import RunDir, locate
@@ -81,13 +81,27 @@ def read(path: str | Path, metrics: Mapping[str, Any] | None = None) -> Findings
             mend="a run directory such as runs/latest; an adapter's own report is its README.md",
         )
     known = _object(run.metrics) if metrics is None else metrics
-    if "accuracy_ci95" not in known or "scored_on" not in known:
+    if metrics is None and not run.metrics.is_file():
         raise ArtefactError(
             "run.unfinished",
             "This run has no scores: it did not come to its end.",
             where=str(run.metrics),
             mend=f"trimtab train --resume {run.path}",
         )
+    try:
+        return _find(run, known)
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, TrimtabError):
+            raise
+        raise ArtefactError(
+            "run.damaged",
+            f"A file of this run does not say what a run writes there: {type(error).__name__}: {error}",
+            where=f"{run.metrics}, or data_report.json or environment.json beside it",
+            mend="bring the folder back from a copy; or train it again",
+        ) from None
+
+
+def _find(run: RunDir, known: Mapping[str, Any]) -> Findings:
     events = _events(run)
     start = events.get("start", {})
     recipe = load_recipe(str(run.recipe)).recipe

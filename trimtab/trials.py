@@ -22,7 +22,17 @@ from trimtab import config, data, durable, interrupts, rundir
 from trimtab.comparison import Answers, read_answers
 from trimtab.config import Layered
 from trimtab.data import Example
-from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError, TrimtabError, did_you_mean, some
+from trimtab.errors import (
+    ArtefactError,
+    BaseModelError,
+    DataError,
+    DivergedError,
+    RecipeError,
+    ResourceError,
+    TrimtabError,
+    did_you_mean,
+    some,
+)
 from trimtab.machine import available_memory
 from trimtab.paired import mean_over_seeds, paired_over_seeds, verdict_within
 from trimtab.resolve import Job, resolve
@@ -34,6 +44,8 @@ _FULL_SHARE = 0.1  # of LoRA's best rate is where full fine-tuning's is (Biderma
 _STEP = 3.0  # between two rates
 _CS = 10.0  # between two C of the probe, around 10
 _TEST_FRACTION = 0.2
+PLAN = "plan.toml"
+"""The recipe of a folder of trials; not recipe.toml, which is the mark of a run."""
 _BYTES_A_WEIGHT = 20  # of full fine-tuning: weight, gradient, two moments, the best so far
 
 
@@ -86,14 +98,18 @@ def run(layered: Layered, plan: Plan, *, out: str | None = None, tell: Callable[
 
 
 def _run(layered: Layered, plan: Plan, out: str | None, tell: Callable[[str], None]) -> dict[str, Any]:
-    _check(plan)
+    _check(layered, plan)
     if layered.recipe.train.learning_rate == "search":  # each method is searched here, and equally
         layered = layered.override({"train.learning_rate": "auto"}, "compare")
+    _check_methods(layered, resolve(layered), plan)
     folder, layered = _prepare(layered, out)
+    with rundir.only_writer(RunDir(folder)):
+        return _carry_out_all(folder, layered.override({"train.baselines": False}, "compare"), plan, tell)
+
+
+def _carry_out_all(folder: Path, layered: Layered, plan: Plan, tell: Callable[[str], None]) -> dict[str, Any]:
     job = resolve(layered)
     centre = float(job.recipe.train.learning_rate)
-    _check_methods(layered, job, plan)
-    layered = layered.override({"train.baselines": False}, "compare")
     assert job.test is not None
     tell(
         f"data    {len(job.train.examples):,} rows to train on, {len(job.eval.examples):,} choose epoch and rate, "
@@ -119,7 +135,7 @@ def _run(layered: Layered, plan: Plan, out: str | None, tell: Callable[[str], No
     return found
 
 
-def _check(plan: Plan) -> None:
+def _check(layered: Layered, plan: Plan) -> None:
     for method in plan.methods:
         if method not in METHODS:
             raise RecipeError(
@@ -128,6 +144,20 @@ def _check(plan: Plan) -> None:
                 where="--methods",
                 mend="--methods lora,head,full",
             )
+    if not 0 <= plan.margin < 1:
+        raise RecipeError(
+            "compare.margin",
+            f"A margin is a difference of accuracies from 0 up to 1, not {plan.margin:g}.",
+            where="--margin",
+            mend="--margin 0.01",
+        )
+    if layered.recipe.lora.init_from:
+        raise RecipeError(
+            "compare.init_from",
+            "A comparison starts every method from the base: an adapter to start from would favour one.",
+            where="lora.init_from",
+            mend="leave lora.init_from out",
+        )
     if len(set(plan.methods)) < 2:
         raise RecipeError(
             "compare.method", "One method alone cannot be compared.", where="--methods", mend="--methods lora,full"
@@ -145,7 +175,7 @@ def _prepare(layered: Layered, out: str | None) -> tuple[Path, Layered]:
     stem = Path(layered.recipe.data.train[0]).name.partition(".")[0]
     folder = Path(os.path.expanduser(out or f"runs/compare-{time.strftime('%Y%m%d-%H%M%S')}-{stem}")).resolve()
     wanted = config.dump(resolve(layered).layered) if layered.recipe.data.test else _dump_without_test(layered)
-    there = folder / "recipe.toml"
+    there = folder / PLAN
     try:
         if there.is_file():
             if there.read_text("utf-8") != wanted:
@@ -257,7 +287,7 @@ def _carry_out(folder: Path, layered: Layered, trial: Trial, tell: Callable[[str
     """
     place = RunDir(folder / "trials" / trial.name)
     if place.metrics.is_file():
-        return dict(json.loads(place.metrics.read_text("utf-8")))
+        return _metrics(place)
     began = time.monotonic()
     metrics = _train(place, layered, trial)
     tell(
@@ -289,7 +319,7 @@ def train_once(place: RunDir, layered: Layered) -> dict[str, Any]:
         ArtefactError: it failed; what it said is in the message.
     """
     if place.metrics.is_file():
-        return dict(json.loads(place.metrics.read_text("utf-8")))
+        return _metrics(place)
     if place.recipe.is_file():
         return _finish(place, ["trimtab", "train", "--resume", str(place.path)])
     recipe = place.path.with_name(f"{place.path.name}.toml")
@@ -301,16 +331,46 @@ def train_once(place: RunDir, layered: Layered) -> dict[str, Any]:
 def _finish(place: RunDir, arguments: Sequence[str]) -> dict[str, Any]:
     """Runs a module of Python's to the end, with a log beside its folder."""
     log = place.path.with_name(f"{place.path.name}.log")
+    before = log.stat().st_size if log.exists() else 0
     code = _in_a_process([sys.executable, "-P", "-m", *arguments], log)
     if code != 0 or not place.metrics.is_file():
-        said = log.read_text("utf-8", "replace").strip().splitlines()
-        raise ArtefactError(
+        said = log.read_bytes()[before:].decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
+        reason = next((line for line in reversed(said) if line.startswith("error [")), said[-1])
+        raise _ERRORS.get(code, ArtefactError)(
             "trial.failed",
-            f"The training {place.path.name} ended with exit code {code}: {said[-1] if said else 'it said nothing'}",
+            f"The training {place.path.name} ended with exit code {code}: {reason}",
             where=str(log),
             mend="mend what it says and give the same command again: what has finished is not repeated",
         )
-    return dict(json.loads(place.metrics.read_text("utf-8")))
+    return _metrics(place)
+
+
+_ERRORS: dict[int, type[TrimtabError]] = {
+    kind.exit_code: kind for kind in (RecipeError, DataError, BaseModelError, ResourceError, DivergedError)
+}
+
+
+def _metrics(place: RunDir) -> dict[str, Any]:
+    """What a trial's metrics.json says.
+
+    Raises:
+        ArtefactError: it is damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads(place.metrics.read_text("utf-8"))
+        found["accuracy"], found["per_class"]
+        return found
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(place, f"metrics.json: {type(error).__name__}: {error}") from None
+
+
+def _damaged(place: RunDir, what: str) -> ArtefactError:
+    return ArtefactError(
+        "trial.damaged",
+        f"A trial that had finished is damaged: {what}",
+        where=str(place.path),
+        mend=f"delete the folder {place.path}, and the same command trains it again",
+    )
 
 
 def _in_a_process(command: Sequence[str], log: Path) -> int:
@@ -324,9 +384,10 @@ def _compare(folder: Path, done: dict[str, list[Trial]], plan: Plan) -> dict[str
     right: dict[str, np.ndarray[Any, np.dtype[np.bool_]]] = {}
     methods: list[dict[str, Any]] = []
     for method, trials in done.items():
-        answers: list[Answers] = [read_answers(folder / "trials" / trial.name) for trial in trials]
+        places = [RunDir(folder / "trials" / trial.name) for trial in trials]
+        answers = [_answers(place) for place in places]
         right[method] = np.stack([one.rows.told == one.rows.truth for one in answers])
-        metrics = [json.loads(RunDir(folder / "trials" / trial.name).metrics.read_text("utf-8")) for trial in trials]
+        metrics = [_metrics(place) for place in places]
         mean, ci95 = mean_over_seeds(right[method].astype(np.float64))
         accuracies = right[method].mean(axis=1)
         methods.append(
@@ -354,6 +415,13 @@ def _compare(folder: Path, done: dict[str, list[Trial]], plan: Plan) -> dict[str
             "verdict": verdict_within(ci95, plan.margin),
         }
     return {"plan": asdict(plan), "test_rows": int(right[first].shape[1]), "methods": methods}
+
+
+def _answers(place: RunDir) -> Answers:
+    try:
+        return read_answers(place.path)
+    except ArtefactError as error:
+        raise _damaged(place, error.what) from None
 
 
 def table_lines(found: dict[str, Any]) -> list[str]:

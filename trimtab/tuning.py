@@ -10,18 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trimtab import config, durable, interrupts
+from trimtab import config, durable, interrupts, rundir
 from trimtab.config import Layered
-from trimtab.errors import MissingExtraError, RecipeError
+from trimtab.errors import ArtefactError, DivergedError, MissingExtraError, RecipeError, some
 from trimtab.resolve import Job, resolve
 from trimtab.rundir import RunDir
-from trimtab.trials import train_once
+from trimtab.trials import PLAN, train_once
 
 _RATE_RANGE = 5.0  # below and above the rate that `auto` takes
 _RANKS = (4, 8, 16, 32)
 _TARGETS = ("query-value", "all-linear")
 _EPOCHS = (2, 10)
 _SEED = 0
+_SEARCHED = ("train.learning_rate", "lora.r", "lora.target_modules", "train.num_epochs")
 
 
 def tune(layered: Layered, trials: int, *, out: str | None = None, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -49,32 +50,44 @@ def tune(layered: Layered, trials: int, *, out: str | None = None, tell: Callabl
         layered = layered.override({"train.learning_rate": "auto"}, "tune")
     with interrupts.heard():
         job = resolve(layered)
+        _check(layered)
         folder = _folder(layered, job, out)
-        tell(f"plan    {trials} recipes in {folder}; the same command with --out {folder} goes on where this one stops")
-        metric = job.recipe.train.metric_for_best_model
-        study = optuna.create_study(
-            study_name="trimtab",
-            storage=f"sqlite:///{folder / 'study.db'}",
-            load_if_exists=True,
-            direction="minimize" if metric == "loss" else "maximize",
-            sampler=optuna.samplers.TPESampler(seed=_SEED),
+        with rundir.only_writer(RunDir(folder)):
+            return _search(optuna, layered, job, folder, trials, tell)
+
+
+def _search(
+    optuna: Any, layered: Layered, job: Job, folder: Path, trials: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    tell(f"plan    {trials} recipes in {folder}; the same command with --out {folder} goes on where this one stops")
+    metric, states = job.recipe.train.metric_for_best_model, optuna.trial.TrialState
+    study = _study(optuna, folder, "minimize" if metric == "loss" else "maximize")
+    for stopped in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+        study.tell(stopped.number, state=states.FAIL)
+        study.enqueue_trial(stopped.params)
+    while (done := len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))) < trials:
+        trial = study.ask()
+        values = _suggest(trial, layered, float(job.recipe.train.learning_rate))
+        wanted = layered.override(values | {"data.test": (), "train.baselines": False}, "tune")
+        try:
+            scores = train_once(RunDir(folder / "trials" / _name(values)), wanted)
+        except DivergedError:
+            study.tell(trial, state=states.PRUNED)
+            tell(f"trial   {done + 1}/{trials}  diverged  {_told(values)}")
+            continue
+        study.tell(trial, scores[metric])
+        reached = f"{metric} {scores[metric]:.4f} (best {study.best_value:.4f})"
+        tell(f"trial   {done + 1}/{trials}  {reached}  {_told(values)}")
+    if not study.get_trials(deepcopy=False, states=(states.COMPLETE,)):
+        raise DivergedError(
+            "tune.diverged",
+            f"All {trials} recipes diverged.",
+            where=str(folder),
+            mend="a smaller train.learning_rate to search around, and another --out",
         )
-        for stopped in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            study.tell(stopped.number, state=optuna.trial.TrialState.FAIL)
-            study.enqueue_trial(stopped.params)
-        while (done := len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))) < trials:
-            trial = study.ask()
-            values = _suggest(trial, float(job.recipe.train.learning_rate))
-            scores = train_once(
-                RunDir(folder / "trials" / _name(values)),
-                layered.override(values | {"data.test": (), "train.baselines": False}, "tune"),
-            )
-            study.tell(trial, scores[metric])
-            reached = f"{metric} {scores[metric]:.4f} (best {study.best_value:.4f})"
-            tell(f"trial   {done + 1}/{trials}  {reached}  {_told(values)}")
-        best = _suggest(optuna.trial.FixedTrial(study.best_params), float(job.recipe.train.learning_rate))
-        file = folder / "best.toml"
-        durable.replace(file, config.dump(resolve(layered.override(best, "tune")).layered).encode())
+    best = _suggest(optuna.trial.FixedTrial(study.best_params), layered, float(job.recipe.train.learning_rate))
+    file = folder / "best.toml"
+    durable.replace(file, config.dump(resolve(layered.override(best, "tune")).layered).encode())
     return {
         "metric": metric,
         "best": study.best_value,
@@ -85,6 +98,59 @@ def tune(layered: Layered, trials: int, *, out: str | None = None, tell: Callabl
     }
 
 
+def _check(layered: Layered) -> None:
+    """What the recipe fixes is not searched.
+
+    Raises:
+        RecipeError: nothing is left to search.
+    """
+    if not _open_settings(layered):
+        raise RecipeError(
+            "tune.nothing",
+            f"The recipe fixes all that is searched: {some(_SEARCHED, 9)}.",
+            where="tune",
+            mend="leave some of them out of --set, or take --recipe default",
+        )
+
+
+def _open_settings(layered: Layered) -> tuple[str, ...]:
+    """What is searched: all that neither recipe nor `--set` fixes; an adapter to start from fixes its LoRA."""
+    fixed = set(layered.origins)
+    if "lora.lora_alpha" in fixed:
+        fixed.add("lora.r")
+    if layered.recipe.lora.init_from:
+        fixed |= {key for key in _SEARCHED if key.startswith("lora.")}
+    if layered.origins.get("train.learning_rate") == "tune":  # was to be searched
+        fixed.discard("train.learning_rate")
+    return tuple(key for key in _SEARCHED if key not in fixed)
+
+
+def _study(optuna: Any, folder: Path, direction: str) -> Any:
+    """The study in the folder, new or as it stands.
+
+    Raises:
+        ArtefactError: its file is damaged.
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    file = folder / "study.db"
+    try:
+        return optuna.create_study(
+            study_name="trimtab",
+            storage=f"sqlite:///{file}",
+            load_if_exists=True,
+            direction=direction,
+            sampler=optuna.samplers.TPESampler(seed=_SEED),
+        )
+    except SQLAlchemyError as error:
+        raise ArtefactError(
+            "tune.study",
+            f"The record of the search is damaged: {str(error).splitlines()[0]}",
+            where=str(file),
+            mend=f"delete {file}: recipes that have been tried are found in trials/, and not trained again",
+        ) from None
+
+
 def _folder(layered: Layered, job: Job, out: str | None) -> Path:
     """The search's folder, new or of this very recipe.
 
@@ -93,7 +159,7 @@ def _folder(layered: Layered, job: Job, out: str | None) -> Path:
     """
     stem = Path(layered.recipe.data.train[0]).name.partition(".")[0]
     folder = Path(os.path.expanduser(out or f"runs/tune-{time.strftime('%Y%m%d-%H%M%S')}-{stem}")).resolve()
-    wanted, there = config.dump(job.layered), folder / "recipe.toml"
+    wanted, there = config.dump(job.layered), folder / PLAN
     if there.is_file() and there.read_text("utf-8") == wanted:
         return folder
     if folder.exists() and any(folder.iterdir()):
@@ -107,24 +173,24 @@ def _folder(layered: Layered, job: Job, out: str | None) -> Path:
     return folder
 
 
-def _suggest(trial: Any, centre: float) -> dict[str, object]:
+def _suggest(trial: Any, layered: Layered, centre: float) -> dict[str, object]:
     """Settings of a trial; lora_alpha follows the rank, so that the scale of B A stays 2."""
-    rank = trial.suggest_categorical("r", _RANKS)
-    rate = trial.suggest_float("learning_rate", centre / _RATE_RANGE, centre * _RATE_RANGE, log=True)
-    return {
-        "lora.r": rank,
-        "lora.lora_alpha": 2 * rank,
-        "lora.target_modules": trial.suggest_categorical("target_modules", _TARGETS),
-        "train.learning_rate": float(f"{rate:.3g}"),
-        "train.num_epochs": trial.suggest_int("num_epochs", *_EPOCHS),
-    }
+    wanted, values = _open_settings(layered), dict[str, object]()
+    if "lora.r" in wanted:
+        rank = trial.suggest_categorical("r", _RANKS)
+        values |= {"lora.r": rank, "lora.lora_alpha": 2 * rank}
+    if "lora.target_modules" in wanted:
+        values["lora.target_modules"] = trial.suggest_categorical("target_modules", _TARGETS)
+    if "train.learning_rate" in wanted:
+        rate = trial.suggest_float("learning_rate", centre / _RATE_RANGE, centre * _RATE_RANGE, log=True)
+        values["train.learning_rate"] = float(f"{rate:.3g}")
+    if "train.num_epochs" in wanted:
+        values["train.num_epochs"] = trial.suggest_int("num_epochs", *_EPOCHS)
+    return values
 
 
 def _name(values: dict[str, object]) -> str:
-    return (
-        f"{values['train.learning_rate']}-r{values['lora.r']}-{values['lora.target_modules']}-"
-        f"{values['train.num_epochs']}-epochs"
-    )
+    return "-".join(f"{key.partition('.')[2]}-{value}" for key, value in values.items() if key != "lora.lora_alpha")
 
 
 def _told(values: dict[str, object]) -> str:
