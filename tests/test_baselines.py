@@ -127,10 +127,13 @@ def test_an_adapter_that_does_not_beat_them_says_so() -> None:
 
 
 def test_the_probe_takes_a_sample_where_all_rows_would_cost_over_a_third_of_training(
-    csv_file: Path, bert: Path
+    csv_file: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = ready(csv_file, bert)
     job: Job = one.job
+    brief = baselines._probe(job, job.eval, one.engine.vectors, one.model, 1)  # type: ignore[arg-type]
+    assert brief.rows == len(job.train.examples)  # so few are all encoded
+    monkeypatch.setattr(baselines, "_FEWEST_FOR_SAMPLE", 10)
     whole = baselines._probe(job, job.eval, one.engine.vectors, one.model, 3)  # type: ignore[arg-type]
     brief = baselines._probe(job, job.eval, one.engine.vectors, one.model, 1)  # type: ignore[arg-type]
     assert whole.rows == len(job.train.examples)

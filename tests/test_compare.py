@@ -259,6 +259,16 @@ def test_a_damaged_trial_is_named_with_the_way_out(
         trials.train_once(rundir.RunDir(answers.parent), None)  # type: ignore[arg-type]
 
 
+def test_a_best_rate_at_the_edge_of_its_grid_is_told(compared: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    _, found = compared
+    assert all(one["at_edge"] for one in found["methods"])  # of two rates, each is at an edge
+    assert "at an edge" in trials.table_lines(found)[-2]
+    for rate in (3.3e-4, 1e-3, 3e-3):
+        (tmp_path / "trials" / trials.Trial("lora", rate, 42).name).mkdir(parents=True)
+    edges = [trials._is_at_edge(tmp_path, "lora", trials.Trial("lora", rate, 42)) for rate in (3.3e-4, 1e-3, 3e-3)]
+    assert edges == [True, False, True]
+
+
 def test_a_folder_of_trials_is_no_run(compared: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = compared
     with pytest.raises(ArtefactError, match="not a run directory"):

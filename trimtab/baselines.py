@@ -26,6 +26,7 @@ _CS = (1.0, 10.0)  # inverse strengths of regularisation to choose from
 _FOLDS = 3
 _SEED = 0
 _MOST_CHARACTERS = 60_000_000  # of text that words are counted in, about 45,000 film reviews: then memory is at 3 GB
+_FEWEST_FOR_SAMPLE = 2_000  # rows: fewer are all encoded, whatever their share
 _PROBE_SHARE = 1 / 3  # of the arithmetic of training, that encoding for the probe may take
 _BACKWARD = 2  # forwards that a backward is worth
 # Chinese and Japanese put no spaces between words: there, each character is one. Elsewhere scikit-learn's own rule.
@@ -108,7 +109,7 @@ def _probe(job: Job, scored: Part, vectors: Vectors, model: Any, epochs: int) ->
     learning, asking = (float(estimate.work(model, part.encoded.lengths).sum()) for part in (job.train, scored))
     training = epochs * ((1 + _BACKWARD) * learning + asking)
     share = min(1.0, max(0.0, _PROBE_SHARE * training - asking) / learning)
-    rows = _sample(len(job.train.examples), share)
+    rows = _sample(len(job.train.examples), share if len(job.train.examples) > _FEWEST_FOR_SAMPLE else 1.0)
     encode = encoder(vectors, job.base.folder)
     learned, asked = encode(job.train.encoded, rows), encode(scored.encoded, np.arange(len(scored.examples)))
     answers, c = _logistic(learned, job.train.encoded.labels[rows], asked)

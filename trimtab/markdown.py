@@ -67,7 +67,12 @@ def card(found: Findings) -> str:
         )
     ]
     if train:
-        values = {"epochs": recipe.train.num_epochs, "batch": recipe.train.batch_size, "length": recipe.data.max_length}
+        values = {
+            "epochs": recipe.train.num_epochs,
+            "done": len(found.evaluations),
+            "batch": recipe.train.batch_size,
+            "length": recipe.data.max_length,
+        }
         rate = f"{recipe.train.learning_rate:g}"
         lines += [say("card_training", language, rows=count(train.used), rate=rate, **values)]
     lines += [""]

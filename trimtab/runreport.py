@@ -139,7 +139,8 @@ def _labels(labels: Labels) -> list[Label]:
 
 def _scored(stored: Stored, metrics: Mapping[str, Any]) -> Scored:
     temperature = (metrics.get("calibration") or {}).get("temperature")
-    calibrated = softmax(stored.logits / np.float32(temperature)) if temperature else None
+    # 1 is what too few rows to fit one leave.
+    calibrated = softmax(stored.logits / np.float32(temperature)) if temperature not in (None, 1.0) else None
     return Scored(stored.texts, stored.places, stored.truth, softmax(stored.logits), calibrated)
 
 

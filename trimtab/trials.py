@@ -394,6 +394,7 @@ def _compare(folder: Path, done: dict[str, list[Trial]], plan: Plan) -> dict[str
             {
                 "method": method,
                 "rate": trials[0].rate,
+                "at_edge": plan.rates > 1 and _is_at_edge(folder, method, trials[0]),
                 "seeds": [trial.seed for trial in trials],
                 "accuracies": [float(accuracy) for accuracy in accuracies],
                 "accuracy": mean,
@@ -417,6 +418,12 @@ def _compare(folder: Path, done: dict[str, list[Trial]], plan: Plan) -> dict[str
     return {"plan": asdict(plan), "test_rows": int(right[first].shape[1]), "methods": methods}
 
 
+def _is_at_edge(folder: Path, method: str, best: Trial) -> bool:
+    """Whether the best rate is the lowest or the highest of those that were tried."""
+    tried = sorted(float(path.parent.name) for path in (folder / "trials" / method).glob(f"*/seed-{best.seed}"))
+    return not tried[0] < float(f"{best.rate:.2g}") < tried[-1]
+
+
 def _answers(place: RunDir) -> Answers:
     try:
         return read_answers(place.path)
@@ -428,8 +435,10 @@ def table_lines(found: dict[str, Any]) -> list[str]:
     """The comparison for people."""
     first = found["methods"][0]["method"]
     lines = [
-        f"{found['test_rows']:,} test rows, {found['plan']['seeds']} seeds; against {first}, "
-        f"margin {found['plan']['margin']:g}",
+        f"{found['test_rows']:,} test rows, {found['plan']['seeds']} seeds. Against {first}: the difference of "
+        "accuracy, its 95 % interval over seeds and rows, and what follows",
+        f"(same: the whole interval is within {found['plan']['margin']:g} of zero; "
+        "not resolved: more rows or seeds are needed)",
         f"{'method':<8} {'rate':>8} {'accuracy':>9} {'std':>7}  {'95 % interval':<16} {'against ' + first:<46} "
         f"{'parameters':>12} {'bytes':>12} {'core-s':>8} {'GB':>6}",
     ]
@@ -445,6 +454,8 @@ def table_lines(found: dict[str, Any]) -> list[str]:
             f"{f'{low:.4f} to {high:.4f}':<16} {against:<46} {one['trainable_parameters']:>12,.0f} "
             f"{one['adapter_bytes']:>12,.0f} {one['core_seconds']:>8,.0f} {one['peak_rss_bytes'] / 1e9:>6.2f}"
         )
+    if edge := [one["method"] for one in found["methods"] if one["at_edge"]]:
+        lines.append(f"! the best rate of {some(edge)} is at an edge of those tried: --rates 5 looks further")
     return [*lines, f"all of it in {found['folder']}: comparison.json, comparison.md, trials/"]
 
 

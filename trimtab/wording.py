@@ -48,7 +48,7 @@ _EN = {
     "the_majority": "the commonest label",
     "about_probe": "Probe: logistic regression on the frozen base.",
     "about_tfidf": "TF-IDF: logistic regression on counted words, without the base.",
-    "about_majority": "Majority: always the commonest label of the training rows.",
+    "about_majority": "Majority: always the commonest label of these rows.",
     "contender": "model",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
@@ -56,7 +56,7 @@ _EN = {
     "judged": "the adapter is",
     "better": "better",
     "worse": "worse",
-    "not resolved": "not told apart",
+    "not resolved": "not resolved",
     "standing_title": "Accuracy of the adapter and of the baselines",
     "standing_one": "{name} {accuracy}",
     "standing_interval": "{name} {accuracy} (95 % interval {low} to {high})",
@@ -185,8 +185,8 @@ _EN = {
     "card": "LoRA adapter for text classification",
     "card_base": "Base: {base}, weights sha256 {sha256}.",
     "card_lora": "{variant} with r={r}, lora_alpha={alpha} on {targets}.",
-    "card_training": "Trained on {rows} rows: {epochs} epochs, batches of {batch}, learning rate {rate}, texts cut at "
-    "{length} tokens.",
+    "card_training": "Trained on {rows} rows: {done} of at most {epochs} epochs, batches of {batch}, learning rate "
+    "{rate}, texts cut at {length} tokens.",
     "use": "How to use it",
     "names": "Labels",
 }
@@ -226,7 +226,7 @@ _ZH = {
     "the_majority": "总答最常见标签的做法",
     "about_probe": "线性探针：在冻结的基座上做逻辑回归。",
     "about_tfidf": "TF-IDF：不用基座，只在词频上做逻辑回归。",
-    "about_majority": "多数类：一律回答训练行里最常见的标签。",
+    "about_majority": "多数类：一律回答这些行里最常见的标签。",
     "contender": "模型",
     "accuracy": "准确率",
     "macro_f1": "宏平均 F1",
@@ -348,7 +348,7 @@ _ZH = {
     "card": "文本分类的 LoRA 适配器",
     "card_base": "基座：{base}，权重的 sha256 为 {sha256}。",
     "card_lora": "{variant}，r={r}，lora_alpha={alpha}，作用于 {targets}。",
-    "card_training": "在 {rows} 行上训练：{epochs} 轮，每批 {batch} 行，学习率 {rate}，"
+    "card_training": "在 {rows} 行上训练：最多 {epochs} 轮，实际 {done} 轮，每批 {batch} 行，学习率 {rate}，"
     "文本在 {length} 个 token 处截断。",
     "use": "怎样使用",
     "names": "标签",
