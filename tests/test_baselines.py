@@ -106,7 +106,7 @@ def test_a_run_whose_training_file_is_gone_is_evaluated_without(told: tuple[Path
     recipe.write_text(recipe.read_text("utf-8").replace("train.csv", "gone.csv"), "utf-8")
     found = trimtab.evaluate(tmp_path / "run", file)
     assert set(found["baselines"]) == {"majority"}
-    assert "cannot be read" in found["baselines_missing"]
+    assert "could not be computed again" in found["baselines_missing"]
 
 
 def test_an_adapter_that_does_not_beat_them_says_so() -> None:
@@ -145,3 +145,16 @@ def test_texts_without_words_and_classes_of_one_row_do_not_stop_a_run(tmp_path: 
     one = ready(write_csv(tmp_path / "odd.csv", rows), bert)
     found = baselines.compute(one.job, one.job.eval, one.engine.vectors, one.model, 3)
     assert all(len(baseline.answers) == len(one.job.eval.examples) for baseline in found.values())
+
+
+def test_baselines_that_fail_cost_their_lines_and_not_the_adapter(
+    csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given: object) -> dict[str, baselines.Baseline]:
+        raise MemoryError("too many words")
+
+    monkeypatch.setattr(baselines, "compute", failing)
+    run = training.train(small(csv_file, bert), out=str(tmp_path / "run"))
+    assert run.adapter.is_dir()
+    assert "too many words" in run.metrics["baselines_missing"]
+    assert set(run.metrics["baselines"]) == {"majority"}

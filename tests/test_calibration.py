@@ -59,6 +59,12 @@ def test_without_test_rows_no_half_is_judged_under_its_own_temperature() -> None
     assert found["loss_after"] > mean_loss(logits / np.float32(found["temperature"]), labels)  # that saw every row
 
 
+def test_halves_of_150_rows_have_a_temperature_too() -> None:
+    found = calibration.judge(*overconfident(150, 4.0), None)
+    assert found["temperature"] > 2
+    assert found["loss_after"] < found["loss_before"]
+
+
 def test_few_rows_fit_nothing() -> None:
     assert calibration.fit_temperature(*overconfident(99, 3.0)) == 1.0
 
@@ -66,7 +72,7 @@ def test_few_rows_fit_nothing() -> None:
 def test_a_perfect_model_keeps_finite_scores() -> None:
     labels = np.arange(200) % 2
     logits = np.where(np.arange(2) == labels[:, None], 5.0, -5.0).astype(np.float32)
-    assert 0 < calibration.fit_temperature(logits, labels) < 1
+    assert 0.49 < calibration.fit_temperature(logits, labels) < 1
     assert np.isfinite(calibration.judge(logits, labels, None)["loss_after"])
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from trimtab import comparison, rivals, rundir, training, trials
 from trimtab.cli import app
 from trimtab.errors import ArtefactError, DivergedError, RecipeError, ResourceError
+from trimtab.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -267,6 +268,30 @@ def test_a_best_rate_at_the_edge_of_its_grid_is_told(compared: tuple[Path, dict[
         (tmp_path / "trials" / trials.Trial("lora", rate, 42).name).mkdir(parents=True)
     edges = [trials._is_at_edge(tmp_path, "lora", trials.Trial("lora", rate, 42)) for rate in (3.3e-4, 1e-3, 3e-3)]
     assert edges == [True, False, True]
+
+
+def test_rows_that_are_kept_for_the_test_keep_the_names_of_their_columns(tmp_path: Path, bert: Path) -> None:
+    file = write_csv(tmp_path / "rows.csv", reviews(80), header="review,sentiment")
+    layered = small(
+        file, bert, data__eval=(str(write_csv(tmp_path / "e.csv", reviews(20), header="review,sentiment")),)
+    )
+    folder, split = trials._prepare(layered, str(tmp_path / "out"))
+    assert pq.read_table(folder / "data" / "test.parquet").column_names == ["review", "sentiment"]
+    assert len(resolve(split).eval.examples) == 20
+
+
+def test_a_rate_that_diverges_is_chosen_last(
+    tmp_path: Path, csv_file: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def carry_out(folder: Path, layered: Any, trial: trials.Trial, tell: Any) -> dict[str, Any]:
+        if trial.rate == 1.0:
+            raise DivergedError("trial.failed", "it diverged")
+        return {"chosen_on_accuracy": 0.1, "chosen_on_loss": 9.0}
+
+    monkeypatch.setattr(trials, "_carry_out", carry_out)
+    tried = [trials.Trial("lora", rate, 42) for rate in (0.1, 1.0)]
+    chosen = [trials._chosen_by(tmp_path, small(csv_file, bert), trial, print) for trial in tried]
+    assert max(chosen) == chosen[0]
 
 
 def test_a_folder_of_trials_is_no_run(compared: tuple[Path, dict[str, Any]]) -> None:

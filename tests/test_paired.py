@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import bootstrap
 from sklearn.metrics import f1_score
 
-from trimtab.paired import paired, paired_macro_f1
+from trimtab.paired import paired, paired_macro_f1, verdict_within
 
 
 def answers(right: str) -> np.ndarray:
@@ -39,6 +39,9 @@ def test_mcnemar_is_exact() -> None:
         ("x" * 30 + "." * 20, "x" * 50, "worse"),
         ("x" * 49 + ".", "." + "x" * 49, "not resolved"),
         ("x" * 50, "x" * 50, "not resolved"),
+        ("x" * 50, "x" * 46 + "." * 4, "not resolved"),
+        ("x" * 49 + ".", "x" * 42 + "." * 7 + "x", "not resolved"),
+        ("x" * 50, "x" * 44 + "." * 6, "better"),
     ],
 )
 def test_verdicts_need_an_interval_beside_zero(first: str, second: str, verdict: str) -> None:
@@ -64,3 +67,8 @@ def test_macro_f1_and_its_interval_are_those_of_drawn_rows() -> None:
     drawn = [difference(rng.integers(300, size=300)) for _ in range(300)]
     assert found.ci95 == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.02)
     assert found.only_first == int(((first == labels) & (second != labels)).sum())
+
+
+def test_rounding_decides_nothing() -> None:
+    assert verdict_within((-0.6, -2.8e-17), 0.01) == "not resolved"
+    assert verdict_within((6.9e-18, 0.6), 0.01) == "not resolved"

@@ -51,6 +51,8 @@ def test_it_goes_on_where_it_was_stopped(searched: tuple[Path, config.Layered, d
     states = [trial.state.name for trial in study.trials]
     assert states.count("COMPLETE") == 4
     assert states.count("FAIL") == 1  # the one that was stopped; its values were tried again
+    drawn = [tuple(sorted(t.params.items())) for t in study.trials if t.state.name == "COMPLETE"]
+    assert len(set(drawn)) == 4
     stopped = next(trial for trial in study.trials if trial.state.name == "FAIL")
     assert any(t.params == stopped.params for t in study.trials if t.state.name == "COMPLETE")
     best = min if found["metric"] == "loss" else max

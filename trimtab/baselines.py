@@ -25,7 +25,8 @@ from trimtab.tokens import Encoded
 _CS = (1.0, 10.0)  # inverse strengths of regularisation to choose from
 _FOLDS = 3
 _SEED = 0
-_MOST_CHARACTERS = 60_000_000  # of text that words are counted in, about 45,000 film reviews: then memory is at 3 GB
+_MOST_COEFFICIENTS = 4_000_000  # labels times words; the solver holds some 25 copies of them in float64
+_MOST_CHARACTERS = 60_000_000  # of text that words are counted in, about 45,000 film reviews
 _FEWEST_FOR_SAMPLE = 2_000  # rows: fewer are all encoded, whatever their share
 _PROBE_SHARE = 1 / 3  # of the arithmetic of training, that encoding for the probe may take
 _BACKWARD = 2  # forwards that a backward is worth
@@ -92,7 +93,13 @@ def _tfidf(job: Job, scored: Part) -> Baseline:
 
     characters = np.array([len(example.text) for example in job.train.examples])
     rows = _sample(len(characters), min(1.0, _MOST_CHARACTERS / max(1, int(characters.sum()))))
-    counter = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD, dtype=np.float32)
+    counter = TfidfVectorizer(
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+        token_pattern=_WORD,
+        dtype=np.float32,
+        max_features=_MOST_COEFFICIENTS // max(2, len(job.labels)),
+    )
     try:
         # The document frequencies are those of all rows: the folds choose C alone.
         learned = counter.fit_transform([job.train.examples[row].text for row in rows])
@@ -140,8 +147,8 @@ def _first_only(base: Path) -> bool:
     """Whether a sentence encoder says that its first token speaks for the text; all others take the mean."""
     try:
         said = json.loads((base / "1_Pooling" / "config.json").read_bytes())
-        return bool(said["pooling_mode_cls_token"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(said.get("pooling_mode_cls_token")) or said.get("pooling_mode") == "cls"
+    except (OSError, ValueError, AttributeError):
         return False
 
 

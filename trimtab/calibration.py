@@ -12,13 +12,15 @@ import numpy.typing as npt
 from trimtab.classification import calibration_error, mean_loss
 
 _FEWEST_ROWS = 100  # fewer leave the temperature to chance: it stays 1
-_LOWEST, _HIGHEST = 0.05, 20.0
+_LOWEST, _HIGHEST = 0.5, 20.0  # rows without a mistake would ask for ever more certainty
 _SEED = 0
 
 
-def fit_temperature(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> float:
-    """What logits float32[n, C] are divided by, so that labels int64[n] are most likely; 1 for fewer than 100 rows."""
-    if len(labels) < _FEWEST_ROWS:
+def fit_temperature(
+    logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], *, fewest: int = _FEWEST_ROWS
+) -> float:
+    """What logits float32[n, C] are divided by, so that labels int64[n] are most likely; 1 for too few rows."""
+    if len(labels) < fewest:
         return 1.0
     from scipy.optimize import minimize_scalar
 
@@ -53,7 +55,9 @@ def judge(
         first, second = np.array_split(order, 2)
         cooled = logits.copy()
         for half, other in ((first, second), (second, first)):
-            cooled[half] /= np.float32(fit_temperature(logits[other], labels[other]))
+            # A half is judged as the whole is used: with a temperature wherever the whole has one.
+            fewest = 1 if len(labels) >= _FEWEST_ROWS else len(labels)
+            cooled[half] /= np.float32(fit_temperature(logits[other], labels[other], fewest=fewest))
     return {
         "temperature": temperature,
         "fitted_rows": len(eval_labels),

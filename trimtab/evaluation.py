@@ -94,12 +94,16 @@ def _baselines(run: RunDir, scored: Part, logits: npt.NDArray[np.float32], base:
     if run.recipe.is_file():
         try:
             layered = load_recipe(str(run.recipe))
+            if not layered.recipe.train.baselines:
+                return {"baselines": baselines.against(logits, scored.encoded.labels, {}, 0)} | {
+                    "baselines_missing": "the recipe leaves them out (train.baselines)"
+                }
             ready = make_ready(resolve(layered.override({"base.model": base}, "--base") if base else layered))
             epochs = len(json.loads(run.metrics.read_text("utf-8"))["evaluations"])
             found = baselines.compute(ready.job, scored, ready.engine.vectors, ready.model, epochs)
             missing, rows = "", len(ready.job.train.examples)
         except (TrimtabError, OSError, ValueError, KeyError, TypeError) as error:
-            missing = f"the training rows cannot be read as they were: {error}"
+            missing = f"they could not be computed again: {error.what if isinstance(error, TrimtabError) else error}"
     told = {"baselines": baselines.against(logits, scored.encoded.labels, found, rows)}
     return told | ({"baselines_missing": missing} if missing else {})
 

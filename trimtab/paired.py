@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 DRAWS = 10_000
+_P = 0.05
+_ROUNDING = 1e-12  # of a mean: an end of an interval that is zero may come out beside it
 _CHUNK = 500  # draws at a time
 _SEED = 0  # of the draws: the same answers get the same interval
 
@@ -24,7 +26,12 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or `not resolved` where the interval holds zero."""
+        """`better`, `worse`, or `not resolved` where the interval holds zero or McNemar's p is 0.05 or more.
+
+        Where few rows differ, a bootstrap alone is too eager: 4 rows against none leave zero out at p = 0.125.
+        """
+        if self.mcnemar_p >= _P:
+            return "not resolved"
         return "better" if self.ci95[0] > 0 else "worse" if self.ci95[1] < 0 else "not resolved"
 
 
@@ -100,8 +107,8 @@ def mean_over_seeds(values: npt.NDArray[np.float64]) -> tuple[float, tuple[float
 
 def verdict_within(ci95: tuple[float, float], margin: float) -> str:
     """`better` or `worse` beside zero, `same within the margin` where the whole interval is, else `not resolved`."""
-    if ci95[0] > 0:
+    if ci95[0] > _ROUNDING:
         return "better"
-    if ci95[1] < 0:
+    if ci95[1] < -_ROUNDING:
         return "worse"
     return "same within the margin" if -margin <= ci95[0] and ci95[1] <= margin else "not resolved"

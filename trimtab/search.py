@@ -16,6 +16,7 @@ from trimtab.build import make_ready, with_trunk
 from trimtab.calibration import fit_temperature
 from trimtab.classification import mean_loss
 from trimtab.config import Layered
+from trimtab.errors import DivergedError
 from trimtab.headstart import start_head
 from trimtab.loop import run_loop
 from trimtab.resolve import Job, resolve
@@ -48,8 +49,19 @@ def find_rate(layered: Layered, tell: Callable[[str], None]) -> Layered:
     brief = _brief(layered, usual)
     tried = []
     for factor in _FACTORS:
-        tried.append(_try(brief, float(f"{centre * factor:.2g}")))
+        rate = float(f"{centre * factor:.2g}")
+        try:
+            tried.append(_try(brief, rate))
+        except DivergedError:
+            tell(f"learning rate {rate:g}: diverged")
+            continue
         tell(f"learning rate {tried[-1].rate:g}: evaluation loss {tried[-1].loss:.4f}")
+    if not tried:
+        raise DivergedError(
+            "search.diverged",
+            "All rates that were tried diverged.",
+            mend="--set train.learning_rate=1e-5, or look at the data",
+        )
     best = min(tried, key=lambda one: one.loss)
     told = ", ".join(f"{one.rate:g} -> {one.loss:.4f}" for one in tried)
     return layered.override({"train.learning_rate": best.rate}, f"search, evaluation loss: {told}")

@@ -371,16 +371,21 @@ def _run(
     for warning in warnings:
         tell("warning", text=warning)
 
-    if not any(run.checkpoints.glob("step-*")) and (line := start_head(ready)):
+    # Before a checkpoint is looked for: one that turns out damaged must not cost the head its start.
+    if line := start_head(ready):
         tell("head", text=line)
     progress, best = run_loop(run, job, model, ready.forward, tell, observe)
     _restore(model, best)
     scored, logits, scores = _score(ready, best["eval_logits"].numpy())
     temperature = scores["calibration"]["temperature"]
     compared = time.monotonic()
-    simpler = {}
+    simpler: dict[str, baselines.Baseline] = {}
     if job.recipe.train.baselines:
-        simpler = baselines.compute(job, scored, engine.vectors, model, len(progress.evaluations))
+        try:
+            simpler = baselines.compute(job, scored, engine.vectors, model, len(progress.evaluations))
+        except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:  # no reason to lose the adapter
+            scores["baselines_missing"] = f"they could not be computed: {type(error).__name__}: {error}"
+            tell("warning", text=f"baselines could not be computed: {type(error).__name__}: {error}")
     scores["baselines"] = baselines.against(logits, scored.encoded.labels, simpler, len(job.train.examples))
     baseline_seconds = time.monotonic() - compared
     chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)

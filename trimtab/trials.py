@@ -7,6 +7,7 @@ process of its own and leaves a folder; what has finished is not repeated.
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -44,6 +45,8 @@ _FULL_SHARE = 0.1  # of LoRA's best rate is where full fine-tuning's is (Biderma
 _STEP = 3.0  # between two rates
 _CS = 10.0  # between two C of the probe, around 10
 _TEST_FRACTION = 0.2
+_FAIR: dict[str, object] = {"train.baselines": False, "train.head_start": "random"}
+"""Every method begins alike: DoRA and full fine-tuning, which run stock, have no head start."""
 PLAN = "plan.toml"
 """The recipe of a folder of trials; not recipe.toml, which is the mark of a run."""
 _BYTES_A_WEIGHT = 20  # of full fine-tuning: weight, gradient, two moments, the best so far
@@ -104,7 +107,7 @@ def _run(layered: Layered, plan: Plan, out: str | None, tell: Callable[[str], No
     _check_methods(layered, resolve(layered), plan)
     folder, layered = _prepare(layered, out)
     with rundir.only_writer(RunDir(folder)):
-        return _carry_out_all(folder, layered.override({"train.baselines": False}, "compare"), plan, tell)
+        return _carry_out_all(folder, layered.override(_FAIR, "compare"), plan, tell)
 
 
 def _carry_out_all(folder: Path, layered: Layered, plan: Plan, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def _carry_out_all(folder: Path, layered: Layered, plan: Plan, tell: Callable[[s
     done: dict[str, list[Trial]] = {}
     for method in plan.methods:
         tried = [Trial(method, rate, first) for rate in _grid(method, centre, plan.rates)]
-        best = max(tried, key=lambda trial: _chosen_by(_carry_out(folder, layered, trial, tell)))
+        best = max(tried, key=lambda trial: _chosen_by(folder, layered, trial, tell))
         done[method] = [replace(best, seed=first + i) for i in range(plan.seeds)]
         for trial in done[method]:
             _carry_out(folder, layered, trial, tell)
@@ -226,22 +229,17 @@ def _split(layered: Layered, folder: Path) -> dict[str, object]:
             )
         durable.make_folder(folder / "data")
         for role, part in parts.items():
-            _write_rows(files[role], part)
-    return {
-        "data.train": (str(files["train"]),),
-        "data.test": (str(files["test"]),),
-        "data.text": "text",
-        "data.label": "label",
-    }
+            _write_rows(files[role], part, rows.text_column, rows.label_column)
+    return {"data.train": (str(files["train"]),), "data.test": (str(files["test"]),)}
 
 
-def _write_rows(file: Path, examples: Sequence[Example]) -> None:
+def _write_rows(file: Path, examples: Sequence[Example], text: str, label: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     written = io.BytesIO()
-    texts, labels = ([getattr(example, key) for example in examples] for key in ("text", "label"))
-    pq.write_table(pa.table({"text": texts, "label": labels}), written)
+    columns = {text: [example.text for example in examples], label: [example.label for example in examples]}
+    pq.write_table(pa.table(columns), written)
     durable.replace(file, written.getvalue())
 
 
@@ -274,8 +272,13 @@ def _grid(method: str, centre: float, rates: int) -> list[float]:
     return [middle * step ** (i - (rates - 1) / 2) for i in range(rates)]
 
 
-def _chosen_by(metrics: dict[str, Any]) -> tuple[float, float]:
-    """What chooses a rate: accuracy on the evaluation rows, and where that ties, their loss."""
+def _chosen_by(folder: Path, layered: Layered, trial: Trial, tell: Callable[[str], None]) -> tuple[float, float]:
+    """What chooses a rate: accuracy on the evaluation rows, then their loss; one that diverges comes last."""
+    try:
+        metrics = _carry_out(folder, layered, trial, tell)
+    except DivergedError:
+        tell(f"trial   {trial.name}: diverged")
+        return -1.0, -math.inf
     return metrics["chosen_on_accuracy"], -metrics["chosen_on_loss"]
 
 

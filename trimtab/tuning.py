@@ -62,6 +62,8 @@ def _search(
     tell(f"plan    {trials} recipes in {folder}; the same command with --out {folder} goes on where this one stops")
     metric, states = job.recipe.train.metric_for_best_model, optuna.trial.TrialState
     study = _study(optuna, folder, "minimize" if metric == "loss" else "maximize")
+    # A sampler that began anew with the same seed would draw its first recipes again.
+    study.sampler = optuna.samplers.TPESampler(seed=_SEED + len(study.get_trials(deepcopy=False)))
     for stopped in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
         study.tell(stopped.number, state=states.FAIL)
         study.enqueue_trial(stopped.params)
@@ -140,7 +142,6 @@ def _study(optuna: Any, folder: Path, direction: str) -> Any:
             storage=f"sqlite:///{file}",
             load_if_exists=True,
             direction=direction,
-            sampler=optuna.samplers.TPESampler(seed=_SEED),
         )
     except SQLAlchemyError as error:
         raise ArtefactError(
