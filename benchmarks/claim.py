@@ -3,8 +3,8 @@
     python benchmarks/claim.py [--keep DIR] [--tasks imdb-1000,rotten-1000] [--seeds 3] [--rates 3]
 
 1,000 rows of each task, three rates a method, three seeds at the best of them; sealed rows decide. What has finished is
-kept in the folder of --keep. Writes benchmarks/results/claim-KIND.json, KIND = bf16 or avx2, and prints the tables that
-open docs/evidence.md. Needs the extra `demo`.
+kept in the folder of --keep. Writes benchmarks/results/claim-KIND.json, KIND = bf16 or avx2, and prints the tables as
+Markdown. Needs the extra `demo`.
 """
 
 import argparse

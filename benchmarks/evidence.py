@@ -2,12 +2,11 @@
 
     python benchmarks/evidence.py [--banking77 DIR] [--keep DIR] [--tasks NAME,...] [--seeds 5] [--arms NAME,...]
 
-Every seed draws its own rows, in a file that all arms share; sealed rows are the same for all and choose nothing: epoch
-and temperature come from a tenth of the training rows. DIR of banking77 holds train.csv and test.csv. What has finished
-is kept in the folder of --keep: a second call goes on from there, with more tasks, arms or seeds. Writes
-benchmarks/results/evidence-KIND.json, KIND = bf16 or avx2, and prints the tables of docs/evidence.md. Needs the extra
-`demo`. On two AVX2 cores a seed of an arm takes from half a minute (rotten-1000, banking77-10) to over an hour
-(imdb-20000).
+Every seed draws its own rows, or their order where all are taken, in a file that all arms share. Sealed rows are the
+same for all and choose nothing: epoch and temperature come from a tenth of the training rows. DIR of banking77 holds
+train.csv and test.csv. What has finished is kept in the folder of --keep: a second call goes on from there, with more
+tasks, arms or seeds. Writes benchmarks/results/evidence-KIND.json, KIND = bf16 or avx2, and prints the table.
+Needs the extra `demo`.
 """
 
 import argparse
@@ -113,7 +112,8 @@ def trial(task: str, arm: str, seed: int, keep: Path, banking77: Path | None) ->
             command += [str(train), "--test", str(sealed), "--base", MINILM, "--out", str(run), *ARMS[arm]]
             command += ["--set", f"train.seed={seed}", "--set", f"data.seed={seed}"]
             command += [] if arm == "default" else ["--set", "train.baselines=false"]
-        with (run.parent.mkdir(parents=True, exist_ok=True) or (run.parent / f"{seed}.log")).open("ab") as log:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        with (run.parent / f"{seed}.log").open("ab") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log)
         metrics = json.loads((run / "metrics.json").read_text("utf-8"))
         keys = ("accuracy", "macro_f1", "chosen_on_accuracy", "epoch", "train_seconds", "calibration", "baselines")
@@ -156,7 +156,7 @@ def summary(task: str, found: dict[str, dict[str, Any]], keep: Path) -> dict[str
 
 
 def markdown(tasks: dict[str, Any]) -> list[str]:
-    """The table of docs/evidence.md."""
+    """The table."""
     lines = [
         "| task | arm | seeds | accuracy | std | lowest | 95 % interval | default minus this | ECE raw -> calibrated |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -6,8 +6,7 @@ Base, rows, epochs and evaluation are the same on both sides; LoRA stands on the
 all of them. The nine runs share a cache that is empty before the first. After each rate's three seeds one single run
 follows at that rate; what counts is nine against the median of the three. Seconds are those of training, the lower
 layers that are computed before the first step included; those of whole processes stand beside them. Wanted: less than 4
-times a single run. Writes benchmarks/results/trunk-KIND.json. Needs the extra `demo`; 600 reviews take about 25 minutes
-on two AVX2 cores.
+times a single run. Writes benchmarks/results/trunk-KIND.json. Needs the extra `demo`.
 """
 
 import argparse

@@ -101,7 +101,7 @@ def test_predict_and_eval_use_the_temperature_and_raw_scores_do_not(run: Path) -
     logits = classifier.logits(classifier.encode([text]))
     assert classifier.predict([text])[0].score == pytest.approx(softmax(logits / np.float32(temperature)).max())
     assert classifier.predict([text], raw_scores=True)[0].score == pytest.approx(softmax(logits).max())
-    file = json.loads(json.dumps(str(run.parent / "eval.csv")))
+    file = run.parent / "eval.csv"
     cooled, raw = trimtab.evaluate(run, file), trimtab.evaluate(run, file, raw_scores=True)
     assert cooled["accuracy"] == raw["accuracy"]
     assert cooled["loss"] < raw["loss"]

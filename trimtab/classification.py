@@ -9,14 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trimtab import interrupts
+from trimtab import findings, interrupts
 from trimtab.batching import evaluation_plan
 from trimtab.errors import DivergedError, RecipeError, did_you_mean, some
 from trimtab.forward import Forward
 from trimtab.tokens import Encoded
 
 LANGUAGES = ("zh", "en")
-CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -162,14 +161,8 @@ def mean_loss(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) ->
 
 
 def calibration_error(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> float:
-    """Expected calibration error: how far score and share of right answers are apart, over bins of the score.
-
-    15 bins of equal width, as in Guo et al. 2017 (arXiv 1706.04599).
-    """
-    scores, correct = softmax(logits).max(axis=1), logits.argmax(axis=1) == labels
-    bins = np.minimum((scores * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gaps = np.abs(np.bincount(bins, scores) - np.bincount(bins, correct))
-    return float(gaps.sum() / len(labels))
+    """Expected calibration error of logits float32[n, C] against labels int64[n]: that of the report's diagram."""
+    return findings.calibration_error(findings.confidence_bins(softmax(logits), labels))
 
 
 def wilson(correct: int, rows: int, z: float = 1.959964) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab import baselines, calibration, config, durable, interrupts, predictions, rundir
+from trimtab import baselines, calibration, config, interrupts, predictions, rundir
 from trimtab.build import make_ready
 from trimtab.classification import compute_logits, metrics
 from trimtab.forward import stock
@@ -117,7 +117,6 @@ if __name__ == "__main__":
     try:
         run(Path(sys.argv[1]))
     except TrimtabError as error:
-        durable.replace(Path(sys.argv[1]) / "error.txt", str(error).encode())
         print(f"error [{error.code}]: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except interrupts.Interrupted as stop:

@@ -434,6 +434,16 @@ def _answers(place: RunDir) -> Answers:
         raise _damaged(place, error.what) from None
 
 
+def _told(one: dict[str, Any]) -> tuple[str, str, str]:
+    """Deviation over seeds, interval, and difference to the first method, as both tables have them."""
+    low, high = one["ci95"]
+    std, against = "-" if one["std"] is None else f"{one['std']:.4f}", ""
+    if "verdict" in one:
+        below, above = one["difference_ci95"]
+        against = f"{one['difference']:+.4f} ({below:+.4f} to {above:+.4f})"
+    return std, f"{low:.4f} to {high:.4f}", against
+
+
 def table_lines(found: dict[str, Any]) -> list[str]:
     """The comparison for people."""
     first = found["methods"][0]["method"]
@@ -446,15 +456,11 @@ def table_lines(found: dict[str, Any]) -> list[str]:
         f"{'parameters':>12} {'bytes':>12} {'core-s':>8} {'GB':>6}",
     ]
     for one in found["methods"]:
-        low, high = one["ci95"]
-        std = "-" if one["std"] is None else f"{one['std']:.4f}"
-        against = ""
-        if "verdict" in one:
-            below, above = one["difference_ci95"]
-            against = f"{one['difference']:+.4f} ({below:+.4f} to {above:+.4f}) {one['verdict']}"
+        std, interval, against = _told(one)
+        judged = f"{against} {one.get('verdict', '')}"
         lines.append(
             f"{one['method']:<8} {one['rate']:>8.2g} {one['accuracy']:>9.4f} {std:>7}  "
-            f"{f'{low:.4f} to {high:.4f}':<16} {against:<46} {one['trainable_parameters']:>12,.0f} "
+            f"{interval:<16} {judged:<46} {one['trainable_parameters']:>12,.0f} "
             f"{one['adapter_bytes']:>12,.0f} {one['core_seconds']:>8,.0f} {one['peak_rss_bytes'] / 1e9:>6.2f}"
         )
     if edge := [one["method"] for one in found["methods"] if one["at_edge"]]:
@@ -473,14 +479,9 @@ def markdown_lines(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in found["methods"]:
-        low, high = one["ci95"]
-        std = "" if one["std"] is None else f"{one['std']:.4f}"
-        against = ""
-        if "verdict" in one:
-            below, above = one["difference_ci95"]
-            against = f"{one['difference']:+.4f} ({below:+.4f} to {above:+.4f})"
+        std, interval, against = _told(one)
         lines.append(
-            f"| {one['method']} | {one['rate']:.2g} | {one['accuracy']:.4f} | {std} | {low:.4f} to {high:.4f} | "
+            f"| {one['method']} | {one['rate']:.2g} | {one['accuracy']:.4f} | {std} | {interval} | "
             f"{against} | {one.get('verdict', '')} | {one['trainable_parameters']:,.0f} | "
             f"{one['adapter_bytes']:,.0f} | {one['core_seconds']:,.0f} | {one['peak_rss_bytes'] / 1e9:.2f} |"
         )
