@@ -45,5 +45,5 @@ clean:
 	$(BIN)/python -c 'import re; from importlib.metadata import version; \
 	    assert tuple(map(int, re.findall(r"\d+", version("torch"))[:2])) >= (2, 9)' 2>/dev/null \
 	    && grep -v '^torch==' constraints.txt > .venv/constraints.txt || cp constraints.txt .venv/constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[demo,dev,tune]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[demo,dev,serve,tune]'
 	touch $@

@@ -47,7 +47,7 @@ def data(task: str, seed: int, keep: Path, banking77: Path | None) -> tuple[Path
     name, _, size = task.rpartition("-")
     train, sealed = keep / "data" / f"{task}-{seed}.parquet", keep / "data" / f"{name}-sealed.parquet"
     if not (train.is_file() and sealed.is_file()):
-        pool, held = {"imdb": _imdb, "rotten": _rotten}.get(name, lambda keep: _banking77(banking77))(keep)
+        pool, held = {"imdb": _imdb, "rotten": rotten}.get(name, lambda keep: _banking77(banking77))(keep)
         order = np.random.default_rng(seed).permutation(len(pool))
         if size.isdigit() and name == "banking77":
             order = np.concatenate(
@@ -68,7 +68,7 @@ def _imdb(keep: Path) -> tuple[Rows, Rows]:
     return pool, held
 
 
-def _rotten(keep: Path) -> tuple[Rows, Rows]:
+def rotten(keep: Path) -> tuple[Rows, Rows]:
     columns = read_table(demo.reviews_csv()).columns
     rows = [
         (text, label)

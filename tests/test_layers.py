@@ -25,8 +25,8 @@ LAYERS = [
     ["adapter", "calibration", "predictions"],
     ["resolve"],
     ["trunk"],
-    ["build", "estimate", "predict", "report", "runreport"],
-    ["baselines", "comparison", "console", "files", "headstart"],
+    ["adopt", "build", "estimate", "predict", "report", "runreport"],
+    ["baselines", "comparison", "console", "files", "headstart", "serving"],
     ["evaluation", "loop"],
     ["search"],
     ["rivals", "training"],
@@ -93,6 +93,16 @@ def test_the_imports_of_this_package_are_seen(tmp_path: Path) -> None:
 def test_only_the_command_line_knows_typer() -> None:
     users = {name for name, path in MODULES.items() if any(n.split(".")[0] == "typer" for n in imports(path))}
     assert users == {"cli"}
+
+
+def test_only_serving_knows_http_servers() -> None:
+    libraries = {"fastapi", "starlette", "uvicorn", "prometheus_client"}
+    users = {name for name, path in MODULES.items() if libraries & {n.split(".")[0] for n in imports(path)}}
+    assert users == {"serving"}
+    inside = {
+        path.stem for path in (PACKAGE / "serving").glob("*.py") if libraries & {n.split(".")[0] for n in imports(path)}
+    }
+    assert inside == {"app", "listing", "metrics", "predicting", "server"}
 
 
 def test_only_the_page_knows_templates() -> None:

@@ -83,12 +83,6 @@ class Adapter:
         names = (untrusted.TENSORS, "adapter_config.json", "trimtab.json")
         return joint_sha256(*(self.folder / name for name in names))
 
-    @property
-    def tensors_are_as_written(self) -> bool:
-        """Whether adapter_model.safetensors is, to the byte, what training wrote."""
-        found = hashlib.sha256((self.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-        return self.tensors_sha256 == found
-
 
 def write(
     folder: Path,
@@ -200,7 +194,7 @@ def read(folder: Path) -> Adapter:
             max_length=int(preprocessing["max_length"]),
             tokenizer=tokens.load(folder, int(preprocessing["pad_id"]), preprocessing["tokenizer_sha256"]),
             base={key: str(meta["base"][key]) for key in ("name", "hub_id", "weights_sha256", "tokenizer_sha256")},
-            lora=_lora_settings(config),
+            lora=described_lora(config),
             head=_modules("head", meta["head"]),
             probes=_probes(meta["probes"], len(values)),
             computed_in=str(meta.get("computed_in", "float32")),
@@ -244,7 +238,8 @@ def _modules(what: str, said: object) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _lora_settings(config: dict[str, Any]) -> LoraSettings:
+def described_lora(config: dict[str, Any]) -> LoraSettings:
+    """What an adapter_config.json says of LoRA; a ValueError, KeyError or TypeError where it asks for anything else."""
     if strange := [f"{key} = {config[key]!r}" for key, plain in _PLAIN.items() if config.get(key, plain) != plain]:
         raise ValueError(f"adapter_config.json asks for what is not read here: {some(strange)}")
     variant = "dora" if config["use_dora"] else "rslora" if config["use_rslora"] else "lora"
@@ -304,7 +299,7 @@ def load_engine(adapter: Adapter, base: Base, device: torch.device, settings: Ru
         dtype = fast_dtype(settings)
         try:
             config = json.loads((base.folder / "config.json").read_bytes())
-            stored, fit = _base_tensors(base), _fit(adapter)
+            stored, fit = base_tensors(base), described_shape(adapter)
             tensors = _read_tensors(adapter, encoder.adapter_shapes(config, stored, **fit))
             classifier = encoder.of_files(config, stored, tensors, scaling=adapter.lora.scaling, dtype=dtype, **fit)
             name = str(dtype).removeprefix("torch.")
@@ -315,8 +310,8 @@ def load_engine(adapter: Adapter, base: Base, device: torch.device, settings: Ru
     return choose(model, adapter.tokenizer.pad_id, device, settings)
 
 
-def _fit(adapter: Adapter) -> dict[str, Any]:
-    """What an adapter's own description says of the shapes of its tensors."""
+def described_shape(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter's own description says of the shapes of its tensors, for `fast.encoder`."""
     return {
         "targets": adapter.lora.target_modules,
         "rank": adapter.lora.r,
@@ -327,18 +322,11 @@ def _fit(adapter: Adapter) -> dict[str, Any]:
 
 def _read_tensors(adapter: Adapter, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The tensors of an adapter, whole by name, shape, number and sum."""
-    tensors = untrusted.read_tensors(adapter.folder / untrusted.TENSORS, expected)
-    if not adapter.tensors_are_as_written:
-        raise ArtefactError(
-            "adapter.tensors_changed",
-            f"{untrusted.TENSORS} is not what training wrote: its sha256 differs.",
-            where=str(adapter.folder),
-            mend="copy the whole adapter folder again",
-        )
-    return tensors
+    return untrusted.read_tensors(adapter.folder / untrusted.TENSORS, expected, adapter.tensors_sha256)
 
 
-def _base_tensors(base: Base) -> dict[str, torch.Tensor]:
+def base_tensors(base: Base) -> dict[str, torch.Tensor]:
+    """The tensors of a base's files, mapped."""
     tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(base.folder):
         tensors |= load_file(file)

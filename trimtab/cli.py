@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.errors import RecipeError, ResourceError, TrimtabError
+from trimtab.errors import MissingExtraError, RecipeError, ResourceError, TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.config import RuntimeSettings
@@ -502,6 +502,102 @@ def doctor(as_json: Json = False) -> None:
         print(f"{len(found) - bad - doubtful} good, {doubtful} doubtful, {bad} bad")
     if any(check.level == "bad" for check in found):
         raise typer.Exit(5)
+
+
+@app.command()
+def adopt(
+    source: Annotated[str, typer.Argument(metavar="PEFT_DIR", help="The folder that save_pretrained of peft wrote.")],
+    names: Annotated[
+        str, typer.Option(metavar="A,B|0=ZH/EN,...", help="The labels in the order of the logits (id2label).")
+    ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="The adapter folder to write.")],
+    base: Annotated[str | None, typer.Option("--base", help="Its base; else the one that its config names.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="Tokens at which training cut texts; else all the base takes.")
+    ] = None,
+    settings: Runtime = None,
+    as_json: Json = False,
+) -> None:
+    """Make an adapter that plain peft trained one of ours: with labels, base, tokenizer and checked answers."""
+    from trimtab import adopt as adopting
+
+    found = adopting.adopt(source, out, names=names, base=base, max_length=max_length, runtime=_runtime(settings))
+    shown = _shown(found.folder)
+    if as_json:
+        _json(
+            {
+                "adapter": str(found.folder),
+                "base": found.base.recorded_as,
+                "labels": list(found.labels.values),
+                "max_length": found.max_length,
+                "largest_difference": found.difference,
+            }
+        )
+        return
+    print(f"adopted   {source} -> {shown}")
+    print(f"base      {found.base.name}; texts are cut at {found.max_length} tokens")
+    print("labels    " + ", ".join(f"{i} = {found.labels.name(i)}" for i in range(len(found.labels))))
+    print(f"checked   it answers as under plain peft; largest difference of a logit {found.difference:.1g}")
+    print(f'try it:\n  trimtab predict {shown} "a text of yours"\n  trimtab serve {shown}')
+
+
+@app.command()
+def serve(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN|ADAPTER...]", help="Runs or adapter folders; NAME=PATH gives one a name."),
+    ] = None,
+    adapter_dir: Annotated[
+        str | None, typer.Option("--adapter-dir", metavar="DIR", help="Each folder in it is an adapter of that name.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model; else the adapters' own.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free.")] = 8080,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Who may ask which adapters; any other host needs it.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure-no-auth", help="Another host without tokens: anyone who reaches it may ask.")
+    ] = False,
+    admin: Annotated[bool, typer.Option("--admin", help="Allow to add, replace and remove adapters by HTTP.")] = False,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="For adapters, such as 4GB; else half of what is free.")
+    ] = None,
+    watch: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How often DIR is looked at for changes; 0: never.")
+    ] = 5.0,
+    drain: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long accepted requests may take once it stops.")
+    ] = 30.0,
+    settings: Runtime = None,
+) -> None:
+    """Serve any number of adapters on one base over HTTP (pip install "trimtab[serve]")."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would fight with those that compute
+    try:
+        from trimtab.serving import server
+    except ImportError as error:
+        raise MissingExtraError(
+            "serve.extra",
+            f"Serving needs what is not installed: {error.name}.",
+            mend='pip install "trimtab[serve]"',
+        ) from None
+    server.serve(
+        server.Options(
+            adapters=tuple(adapters or ()),
+            directory=adapter_dir,
+            base=base,
+            host=host,
+            port=port,
+            tokens=tokens,
+            insecure=insecure,
+            admin=admin,
+            memory=memory,
+            watch_s=watch,
+            drain_s=drain,
+            runtime=_runtime(settings),
+        ),
+        _say,
+    )
 
 
 @app.callback(invoke_without_command=True)

@@ -46,9 +46,15 @@ def _as_layers(value: object) -> object:
 
 
 def _as_names(value: object) -> object:
-    """`0=差评/negative,1=好评/positive` becomes a dict from label to its names."""
-    if not isinstance(value, str):
-        return value
+    return read_names(value) if isinstance(value, str) else value
+
+
+def read_names(value: str) -> dict[str, str]:
+    """`0=差评/negative,1=好评/positive` as a dict from label to its names.
+
+    Raises:
+        ValueError: it is not of that form, or a label has two names.
+    """
     pairs = [part.partition("=") for part in value.split(",") if part.strip()]
     bad = [label for label, sign, names in pairs if not sign or not names.strip()]
     if bad:

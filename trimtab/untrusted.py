@@ -4,6 +4,8 @@ Only safetensors and JSON are read, both of which hold no code, and no file is o
 one inside the folder. A folder that passes may still be wrong; it can neither run anything nor take all memory.
 """
 
+import hashlib
+import math
 import os
 import re
 import shlex
@@ -11,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, deserialize, safe_open
+from safetensors.torch import load
 
 from trimtab.errors import ArtefactError, some
 
@@ -22,6 +24,7 @@ _FLOATS = {"F32", "F16", "BF16"}
 _MOST_BYTES = {"trimtab.json": 16 << 20, "adapter_config.json": 1 << 20, "tokenizer.json": 256 << 20}
 """The largest in use: 17 MB of tokenizer.json (XLM-RoBERTa), and 30 bytes a label."""
 TENSORS = "adapter_model.safetensors"
+_MOST_HEADER = 16 << 20
 
 
 def check_files(folder: Path) -> None:
@@ -73,34 +76,58 @@ def _leads_inside(file: Path, folder: Path) -> bool:
         return False
 
 
-def read_tensors(file: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def read_tensors(file: Path, expected: Mapping[str, tuple[int, ...]], sha256: str) -> dict[str, torch.Tensor]:
     """Reads a file of tensors that is, by its header, what was expected.
 
+    The file is read once, and not mapped: one that is cut or replaced while it is read is refused, and harms nobody.
+
     Raises:
-        ArtefactError: it cannot be read; a tensor is missing, extra, of another shape or kind, or not finite.
+        ArtefactError: it cannot be read; a tensor is missing, extra, of another shape or kind, or not finite; the sum
+            of its bytes is another.
     """
+    most = _MOST_HEADER + sum(4 * math.prod(shape) for shape in expected.values())
     try:
-        with safe_open(file, "np") as header:  # "pt" would ask for memory of the file's size first
-            slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
-        shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
-        kinds = {name: str(found.get_dtype()) for name, found in slices.items()}
-        problems = [f"{name} is missing" for name in expected if name not in shapes]
-        problems += [f"{name} does not belong here" for name in shapes if name not in expected]
-        problems += [
-            f"{name} has shape {shapes[name]}, expected {shape}"
-            for name, shape in expected.items()
-            if shapes.get(name, shape) != shape
-        ]
-        problems += [
-            f"{name} holds {kind}, expected real numbers" for name, kind in kinds.items() if kind not in _FLOATS
-        ]
+        if (size := file.stat().st_size) > most:
+            problems = [f"it has {size:,} bytes, expected {most - _MOST_HEADER:,} and a header"]
+            # Its header alone, mapped: what it names may be what is wrong.
+            with safe_open(file, "np") as header:
+                names = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
+            found = {name: (tuple(one.get_shape()), str(one.get_dtype())) for name, one in names.items()}
+            problems = _differences(found, expected) or problems
+            raise ArtefactError("adapter.tensors", f"{some(problems)}.", where=str(file), mend=_AGAIN)
+        data = file.read_bytes()
+        stored = {name: (tuple(one["shape"]), str(one["dtype"])) for name, one in deserialize(data)}  # type: ignore[no-untyped-call]
+        problems = _differences(stored, expected)
         if not problems:
-            tensors: dict[str, torch.Tensor] = load_file(file)
+            tensors: dict[str, torch.Tensor] = load(data)
             problems = [f"{name} is not finite" for name, one in tensors.items() if not bool(torch.isfinite(one).all())]
-            if not problems:
-                return tensors
     except (OSError, SafetensorError) as error:
         raise ArtefactError(
             "adapter.damaged", f"The adapter's tensors cannot be read: {error}", where=str(file), mend=_AGAIN
         ) from None
-    raise ArtefactError("adapter.tensors", f"{some(problems)}.", where=str(file), mend=_AGAIN)
+    if problems:
+        raise ArtefactError("adapter.tensors", f"{some(problems)}.", where=str(file), mend=_AGAIN)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ArtefactError(
+            "adapter.tensors_changed",
+            f"{file.name} is not what training wrote: its sha256 differs.",
+            where=str(file.parent),
+            mend=_AGAIN,
+        )
+    return tensors
+
+
+def _differences(
+    found: Mapping[str, tuple[tuple[int, ...], str]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """What a file's shapes and kinds are that they should not be."""
+    return [
+        *(f"{name} is missing" for name in expected if name not in found),
+        *(f"{name} does not belong here" for name in found if name not in expected),
+        *(
+            f"{name} has shape {found[name][0]}, expected {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name][0] != shape
+        ),
+        *(f"{name} holds {kind}, expected real numbers" for name, (_, kind) in found.items() if kind not in _FLOATS),
+    ]

@@ -17,7 +17,20 @@ from torch import Tensor
 from torch.nn.functional import dropout, embedding, gelu, layer_norm, linear
 
 from trimtab.fast.dropout import Noise, can_quantise, keep_scale
-from trimtab.fast.layer import Group, Layer, Linear, Lora, Norm, Saved, Scope, backward, blocks, forward, masked
+from trimtab.fast.layer import (
+    Beside,
+    Group,
+    Layer,
+    Linear,
+    Lora,
+    Norm,
+    Saved,
+    Scope,
+    backward,
+    blocks,
+    forward,
+    masked,
+)
 from trimtab.fast.workspace import Workspace
 
 _EMBEDDINGS_SITE = 1 << 16  # beyond the number of any layer
@@ -223,13 +236,19 @@ def logits(encoder: Encoder, batch: Packed, noise: Noise | None = None, stored: 
         first = first_tokens(encoder, batch, noise, stored)
     else:
         first = _Encoder.apply(encoder, batch, noise, stored, *trained)  # type: ignore[no-untyped-call]
-    return _head(encoder.head, first.float(), training=noise is not None)
+    return apply_head(encoder.head, first.float(), training=noise is not None)
 
 
-def first_tokens(encoder: Encoder, batch: Packed, noise: Noise | None = None, stored: Stored | None = None) -> Tensor:
+def first_tokens(
+    encoder: Encoder,
+    batch: Packed,
+    noise: Noise | None = None,
+    stored: Stored | None = None,
+    beside: Beside | None = None,
+) -> Tensor:
     """What the head reads, [B, D], in the order in which rows were asked for, without gradients."""
     with encoder.workspace.lock:
-        first, _ = _forward(encoder, batch, noise, stored, keeps=False)
+        first, _ = _forward(encoder, batch, noise, stored, keeps=False, beside=beside)
         return first[batch.order]
 
 
@@ -307,7 +326,14 @@ class _Encoder(torch.autograd.Function):
 
 
 def _forward(
-    encoder: Encoder, batch: Packed, noise: Noise | None, stored: Stored | None, *, keeps: bool, first_only: bool = True
+    encoder: Encoder,
+    batch: Packed,
+    noise: Noise | None,
+    stored: Stored | None,
+    *,
+    keeps: bool,
+    first_only: bool = True,
+    beside: Beside | None = None,
 ) -> tuple[Tensor, dict[int, Saved]]:
     """The states of the first tokens, sorted by length: [B, D], or of all: [N, D]; and what the backward needs."""
     encoder.workspace.batches += 1
@@ -319,8 +345,9 @@ def _forward(
     )
     lowest = max(begin, lowest_trained(encoder)) if keeps else len(encoder.layers)
     # The memory of the lower ones is shared.
-    x, _ = _layers(encoder, x, range(begin, lowest), batch, noise, keeps=False, first_only=first_only)
-    return _layers(encoder, x, range(lowest, len(encoder.layers)), batch, noise, keeps=keeps, first_only=first_only)
+    how: dict[str, Any] = {"first_only": first_only, "beside": beside}
+    x, _ = _layers(encoder, x, range(begin, lowest), batch, noise, keeps=False, **how)
+    return _layers(encoder, x, range(lowest, len(encoder.layers)), batch, noise, keeps=keeps, **how)
 
 
 def _layers(
@@ -332,11 +359,12 @@ def _layers(
     *,
     keeps: bool,
     first_only: bool = True,
+    beside: Beside | None = None,
 ) -> tuple[Tensor, dict[int, Saved]]:
     """States through some layers, and what the backward needs of each."""
     saved = {}
     for number in numbers:
-        scope = Scope(number, batch.groups, encoder.workspace, noise, keeps, x.dtype)
+        scope = Scope(number, batch.groups, encoder.workspace, noise, keeps, x.dtype, beside=beside)
         is_last = number == len(encoder.layers) - 1
         x, saved[number] = forward(encoder.layers[number], x, scope, batch.first if is_last and first_only else None)
     return x, saved
@@ -374,7 +402,7 @@ def _embed(e: Embeddings, batch: Packed, noise: Noise | None, workspace: Workspa
     return x if e.projection is None else linear(x, e.projection.weight, e.projection.bias)
 
 
-def _head(head: Head, x: Tensor, *, training: bool) -> Tensor:
+def apply_head(head: Head, x: Tensor, *, training: bool) -> Tensor:
     """The head of each architecture as transformers has it: x [B, D] -> [B, C]."""
 
     def drop(t: Tensor) -> Tensor:
@@ -586,10 +614,11 @@ def adapter_shapes(
     rank: int,
     head: Sequence[str],
     num_labels: int,
+    dora: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """The names and shapes that peft's file has for this base, so that a file can be refused by its header alone.
 
-    Takes what `of_files` takes.
+    Takes what `of_files` takes; `dora`: with a magnitude for each row of an adapted weight.
 
     Raises:
         NotSupported: it is not one of the family.
@@ -600,11 +629,12 @@ def adapter_shapes(
     for module in _adapted(tensors, targets):
         rows, columns = tensors[module + ".weight"].shape
         found |= {module + ".lora_A.weight": (rank, columns), module + ".lora_B.weight": (rows, rank)}
+        found |= {module + ".lora_magnitude_vector": (rows,)} if dora else {}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for module, rows in zip(layout.head, (width, num_labels), strict=True):
         shapes |= {module + ".weight": (rows, width), module + ".bias": (rows,)}
     found |= {name: shape for name, shape in shapes.items() if any(name.startswith(part + ".") for part in head)}
-    return {_PEFT + name: shape for name, shape in found.items()}
+    return {PEFT + name: shape for name, shape in found.items()}
 
 
 def of_files(
@@ -643,7 +673,7 @@ def of_files(
         name: tensor.float() if name.rpartition(".")[0] in layout.head else tensor.to(dtype)
         for name, tensor in stored.items()
     }
-    own = {name.removeprefix(_PEFT): tensor for name, tensor in adapter.items()}
+    own = {name.removeprefix(PEFT): tensor for name, tensor in adapter.items()}
     loras: dict[str, Lora] = {}
     for module in _adapted(tensors, targets):
         a, b = own.pop(module + ".lora_A.weight", None), own.pop(module + ".lora_B.weight", None)
@@ -660,7 +690,56 @@ def of_files(
     return build(config, tensors | {name: tensor.float() for name, tensor in own.items()}, loras, num_labels)
 
 
-_PEFT = "base_model.model."  # what peft puts before the names of the model that it wraps
+def of_base(config: Mapping[str, Any], base: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Encoder:
+    """An encoder over a base's file alone, for rows that bring LoRA and heads of their own (see `mixed`).
+
+    Its head's second layer is empty, and so is the first where the base brings none.
+
+    Args:
+        config: The base's config.json.
+        base: The tensors of its file.
+        dtype: Of the base's weights; the head's stay float32.
+
+    Raises:
+        NotSupported: it is not one of the family.
+    """
+    layout, stored = _named(config, base)
+    width = int(config[layout.width])
+    dense, out = layout.head
+    tensors = {
+        name: tensor.float() if name.rpartition(".")[0] in layout.head else tensor.to(dtype)
+        for name, tensor in stored.items()
+        if name.rpartition(".")[0] != out
+    }
+    tensors.setdefault(dense + ".weight", torch.zeros(width, width))
+    tensors.setdefault(dense + ".bias", torch.zeros(width))
+    return build(config, tensors | {out + ".weight": torch.zeros(1, width), out + ".bias": torch.zeros(1)}, {}, 1)
+
+
+def brings(config: Mapping[str, Any], base: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The layers of the head, by transformers' names, that a base's file holds: at most the two of its layout."""
+    layout, stored = _named(config, base)
+    return tuple(module for module in layout.head if module + ".weight" in stored)
+
+
+def sites(config: Mapping[str, Any], base: Mapping[str, Tensor], targets: Sequence[str]) -> dict[tuple[int, int], str]:
+    """The weights that targets stand for: (layer, place in `Layer.linears`) -> the module's name.
+
+    Raises:
+        NotSupported: one of them is outside the layers.
+    """
+    layout, tensors = _named(config, base)
+    inside = (layout.query, layout.key, layout.value, layout.attention_output, layout.up, layout.down)
+    found = {}
+    for module in _adapted(tensors, targets):
+        number, _, suffix = module.removeprefix(layout.prefix + layout.blocks).partition(".")
+        if not number.isdigit() or suffix not in inside:
+            raise NotSupported(f"LoRA stands beside {module}")
+        found[int(number), inside.index(suffix)] = module
+    return found
+
+
+PEFT = "base_model.model."  # what peft puts before the names of the model that it wraps
 
 
 def _named(config: Mapping[str, Any], base: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:

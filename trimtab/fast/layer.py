@@ -9,7 +9,7 @@ The formulas are those of Vaswani et al. 2017 (arXiv 1706.03762) with the norm a
 LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W' + b + scaling * (dropout(x) A') B'.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -98,6 +98,9 @@ class Group(NamedTuple):
     length: int
 
 
+Beside = Callable[[int, int, Tensor, Tensor], None]
+"""(number of the layer, place in `Layer.linears`, x [N, in], out [N, out]): adds to out what is beside the weight."""
+
 # Sites of dropout within a layer; LoRA's are 10 + the product's place in `Layer.linears`.
 ATTENTION, ATTENTION_OUTPUT, OUTPUT, LORA = 0, 1, 2, 10
 
@@ -117,6 +120,8 @@ class Scope:
     """Of states and frozen weights; adapters stay float32."""
     drawn: bool = False
     """Whether the masks have been drawn already: the backward reads those of the forward."""
+    beside: Beside | None = None
+    """What is added to each product, where rows of one batch have LoRA of their own; forward only."""
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Memory that lives until the backward of this layer."""
@@ -253,6 +258,8 @@ def _product(layer: Layer, place: int, x: Tensor, out: Tensor, scope: Scope) -> 
     """The product at `place` of `Layer.linears`: x [N, in] -> out [N, out], and LoRA's thin product [N, r]."""
     item = layer.linears[place]
     torch.addmm(item.bias, x, item.weight.t(), out=out)
+    if scope.beside is not None:
+        scope.beside(scope.number, place, x, out)
     if item.lora is None:
         return out, None
     lora, mask = item.lora, scope.mask(LORA + place, item.lora.dropout, x.shape)

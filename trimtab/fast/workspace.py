@@ -19,7 +19,7 @@ class Workspace:
         self._buffers: dict[tuple[object, ...], Tensor] = {}
         self.batches = 0
         """How many batches have begun here; a backward checks that no other has overwritten its own."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def take(self, *name: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor. Half as much again is reserved: pages that are never touched cost nothing."""

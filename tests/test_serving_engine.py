@@ -1,0 +1,242 @@
+"""The queue: batches of similar length, limits, deadlines, faults that stay with their rows, an end in good order."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapters import write_adapter
+from bases import write_base
+
+from trimtab.config import RuntimeSettings
+from trimtab.errors import ArtefactError, DivergedError
+from trimtab.fast import mixed
+from trimtab.hub import find_base
+from trimtab.serving.base import Resident, ServedBase, load_base, place, read
+from trimtab.serving.engine import DeadlineError, Engine, Limits, OverloadedError, StoppingError
+from trimtab.serving.memory import Pieces
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ServedBase, list[Resident]]:
+    folder = tmp_path_factory.mktemp("engine")
+    write_base(folder / "base", "bert")
+    base = load_base(find_base(str(folder / "base")), RuntimeSettings(threads=1))
+    pieces, residents = Pieces(), []
+    for seed, name in enumerate(("a", "b", "c")):
+        write_adapter(folder / name, folder / "base", seed=seed)
+        found = read(base, folder / name)
+        residents.append(place(base, found, name, pieces.take(found.layout.bytes)))
+    return base, residents
+
+
+class Held:
+    """Computes as the engine does, but waits until it is let go; and knows what it was given."""
+
+    def __init__(self) -> None:
+        self.go, self.began = threading.Event(), threading.Event()
+        self.batches: list[list[int]] = []
+        self.fault: Callable[[Any], object] = lambda adapters: None
+
+    def __call__(self, encoder: Any, ids: Any, offsets: Any, adapters: Any, costs: Any) -> list[torch.Tensor]:
+        self.batches.append(np.diff(offsets).tolist())
+        self.began.set()
+        assert self.go.wait(10)
+        self.fault(adapters)
+        return mixed.logits(encoder, ids, offsets, adapters, costs)
+
+
+@pytest.fixture
+def held() -> Held:
+    return Held()
+
+
+@pytest.fixture
+def start(made: tuple[ServedBase, list[Resident]], held: Held) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def start(**limits: Any) -> Engine:
+        engines.append(Engine(made[0], Limits(**limits), compute=held))
+        return engines[-1]
+
+    yield start
+    held.go.set()
+    for engine in engines:
+        assert engine.close(10)
+
+
+def row(length: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.full(length, 7, np.int32)
+
+
+def test_answers_come_in_the_order_of_the_rows_whatever_their_batches(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    base, residents = made
+    held.go.set()
+    rng = np.random.default_rng(0)
+    rows = [
+        (rng.integers(5, 40, int(rng.integers(2, 30))).astype(np.int32), residents[int(rng.integers(3))])
+        for _ in range(50)
+    ]
+    found = start(batch_tokens=64).submit(rows).result(20)
+    for (ids, resident), logits in zip(rows, found, strict=True):
+        alone = mixed.logits(base.encoder, ids, np.array([0, len(ids)]), [resident.beside], base.costs)[0]
+        assert np.abs(logits - alone.numpy()).max() < 1e-5
+    assert max(sum(batch) for batch in held.batches) <= 64
+    assert len(held.batches) > 5
+
+
+def test_the_oldest_row_begins_a_batch_and_its_likes_fill_it(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    engine, one = start(batch_tokens=30), made[1][0]
+    first = engine.submit([(row(5), one)])
+    assert held.began.wait(10)
+    waiting = [engine.submit([(row(length), one)]) for length in (10, 3, 30, 11, 9, 4, 2)]
+    held.go.set()
+    for done in (first, *waiting):
+        done.result(10)
+    assert held.batches == [[5], [10, 11, 9], [3, 4, 2], [30]]
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    engine, one = start(queue_tokens=100), made[1][0]
+    engine.submit([(row(5), one)])
+    assert held.began.wait(10)
+    engine.submit([(row(60), one)])
+    begin = time.monotonic()
+    with pytest.raises(OverloadedError, match="queue is full") as refused:
+        engine.submit([(row(20), one), (row(21), one)])
+    assert time.monotonic() - begin < 0.05
+    assert refused.value.retry_after_s >= 1
+    assert engine.backlog == (1, 60)
+    assert engine.submit([(row(40), one)])
+
+
+def test_one_adapter_cannot_fill_the_queue(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    engine, (a, b, _) = start(queue_tokens=100), made[1]
+    engine.submit([(row(5), a)])
+    assert held.began.wait(10)
+    engine.submit([(row(40), a)], only_adapter=False)
+    with pytest.raises(OverloadedError, match='"a" fills its part'):
+        engine.submit([(row(20), a)], only_adapter=False)
+    assert engine.submit([(row(40), b)], only_adapter=False)
+    assert engine.submit([(row(20), a)], only_adapter=True)
+
+
+def test_rows_whose_time_is_over_or_whose_caller_went_are_not_computed(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    engine, one = start(), made[1][0]
+    first = engine.submit([(row(5), one)])
+    assert held.began.wait(10)
+    late = engine.submit([(row(6), one)], deadline=time.monotonic() + 0.01)
+    gone = engine.submit([(row(7), one), (row(8), one)])
+    kept = engine.submit([(row(9), one)])
+    assert gone.cancel()
+    time.sleep(0.02)
+    held.go.set()
+    first.result(10)
+    with pytest.raises(DeadlineError):
+        late.result(10)
+    with pytest.raises(CancelledError):
+        gone.result(10)
+    kept.result(10)
+    assert held.batches == [[5], [9]]
+    assert engine.totals.dropped == 3
+    assert engine.backlog == (0, 0)
+
+
+def test_an_exception_stays_with_the_adapter_that_caused_it(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    engine, (a, b, c) = start(), made[1]
+    first = engine.submit([(row(5), a)])
+    assert held.began.wait(10)
+
+    def fault(adapters: Any) -> None:
+        if any(one is b.beside for one in adapters):
+            raise RuntimeError("broken")
+
+    held.fault = fault
+    good, bad, other = (engine.submit([(row(6), one)] * 2) for one in (a, b, c))
+    held.go.set()
+    first.result(10)
+    assert len(good.result(10)) == len(other.result(10)) == 2
+    with pytest.raises(RuntimeError, match="broken"):
+        bad.result(10)
+    assert engine.is_alive
+    assert len(engine.submit([(row(6), a)]).result(10)) == 1
+
+
+def test_logits_that_are_not_finite_are_an_error_of_their_row(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    engine, (a, b, _) = start(), made[1]
+    held.go.set()
+    kept = b.beside.numbers.clone()
+    try:
+        b.beside.numbers.fill_(float("inf"))
+        good, bad = engine.submit([(row(6), a)]), engine.submit([(row(6), b)])
+        assert good.result(10)
+        with pytest.raises(DivergedError, match='"b"'):
+            bad.result(10)
+    finally:
+        b.beside.numbers.copy_(kept)
+
+
+def test_a_token_that_the_base_does_not_have_is_refused(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    with pytest.raises(ArtefactError, match="vectors"):
+        start().submit([(np.array([2, 1_000_000], np.int32), made[1][0])])
+    held.go.set()
+
+
+def test_what_was_accepted_is_answered_before_the_end(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    engine, one = start(batch_tokens=10), made[1][0]
+    accepted = [engine.submit([(row(9), one)]) for _ in range(5)]
+    assert held.began.wait(10)
+    assert not engine.close(0.05)
+    with pytest.raises(StoppingError):
+        engine.submit([(row(5), one)])
+    held.go.set()
+    assert engine.close(10)
+    assert all(len(done.result(0)) == 1 for done in accepted)
+
+
+def test_many_callers_at_once_get_their_own_answers(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    base, residents = made
+    engine = start(batch_tokens=128)
+    held.go.set()
+    faults: list[object] = []
+
+    def call(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(15):
+            resident = residents[int(rng.integers(3))]
+            ids = rng.integers(5, 40, int(rng.integers(2, 30))).astype(np.int32)
+            found = engine.submit([(ids, resident)]).result(20)[0]
+            alone = mixed.logits(base.encoder, ids, np.array([0, len(ids)]), [resident.beside], base.costs)[0]
+            if np.abs(found - alone.numpy()).max() > 1e-5:
+                faults.append(seed)
+
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []

@@ -1,0 +1,577 @@
+"""The server as others meet it: a process of its own, real sockets, and the clients of each family unchanged."""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from adapters import answers, write_adapter
+from bases import write_base
+
+from trimtab.serving.guard import PUBLIC
+
+TEXTS = ["a great film", "boring", "the plot is not very good " * 9, "an awful film"]
+LABELS = {"reviews": ("neg", "pos"), "topics": ("sport", "film", "other")}
+
+TOKENS = """
+[[token]]
+name = "everything"
+secret = "admin-admin-admin-admin"
+adapters = ["*"]
+admin = true
+
+[[token]]
+name = "reviews only"
+secret = "reader-reader-reader"
+adapters = ["rev*"]
+"""
+ADMIN, READER = "admin-admin-admin-admin", "reader-reader-reader"
+
+
+@dataclass
+class Server:
+    """A running `trimtab serve`."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+    lines: list[str]
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        headers: dict[str, str] | None = None,
+        raw: bytes | None = None,
+    ) -> tuple[int, Any, dict[str, str]]:
+        """Status, what the body says, headers."""
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=30)
+        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        connection.request(method, path, data, {"Content-Type": "application/json"} | (headers or {}))
+        response = connection.getresponse()
+        found = response.read()
+        connection.close()
+        is_json = response.headers.get_content_type() == "application/json"
+        said = json.loads(found) if is_json else found.decode("utf-8", "replace")
+        return response.status, said, dict(response.headers.items())
+
+    def predict(self, body: object, path: str = "/predict", **headers: str) -> Any:
+        status, found, _ = self.ask("POST", path, body, headers=headers)
+        assert status == 200, found
+        return found
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+def start(*arguments: str) -> Server:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trimtab", "serve", "--port", "0", *arguments],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    stderr = process.stderr
+    assert stderr is not None
+    lines: list[str] = []
+    for line in stderr:
+        lines.append(line)
+        if found := re.match(r"ready +(http://\S+)", line):
+            threading.Thread(target=lines.extend, args=(stderr,), daemon=True).start()
+            return Server(process, found.group(1), lines)
+    raise AssertionError("".join(lines))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder with base/, adapters/ and spare/, and peft's models by the adapter's name."""
+    folder = tmp_path_factory.mktemp("http")
+    write_base(folder / "base", "bert")
+    models = {
+        name: write_adapter(folder / "adapters" / name, folder / "base", seed=seed, labels=labels, temperature=1.5)
+        for seed, (name, labels) in enumerate(LABELS.items())
+    }
+    models["spare"] = write_adapter(folder / "spare", folder / "base", seed=9)
+    return folder, models
+
+
+@pytest.fixture(scope="module")
+def server(made: tuple[Path, dict[str, Any]]) -> Iterator[Server]:
+    server = start("--adapter-dir", str(made[0] / "adapters"), "--watch", "0")
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def guarded(made: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with tokens and admin routes, over a directory of its own that it watches."""
+    folder = tmp_path_factory.mktemp("guarded")
+    shutil.copytree(made[0] / "adapters", folder / "adapters")
+    (folder / "tokens.toml").write_text(TOKENS, "utf-8")
+    server = start(
+        *("--adapter-dir", str(folder / "adapters"), "--watch", "0.2", "--admin"),
+        *("--tokens", str(folder / "tokens.toml")),
+    )
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def alone(made: tuple[Path, dict[str, Any]]) -> Iterator[Server]:
+    """A server with one adapter."""
+    server = start(str(made[0] / "adapters" / "reviews"))
+    yield server
+    assert server.stop() == 0
+
+
+def expected(made: tuple[Path, dict[str, Any]], name: str, texts: list[str], temperature: float = 1.5) -> Any:
+    """What peft alone says, as probabilities float[n, C]."""
+    logits = answers(made[1][name], texts, made[0] / "base") / temperature
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+def check(scores: list[dict[str, Any]], probabilities: Any, labels: tuple[str, ...]) -> None:
+    """TEI's scores of one text: sorted downwards, by training label."""
+    found = {one["label"]: one["score"] for one in scores}
+    assert found == pytest.approx(dict(zip(labels, probabilities, strict=True)), abs=1e-4)
+    assert [one["score"] for one in scores] == sorted(found.values(), reverse=True)
+
+
+# -- TEI
+
+
+def test_tei_one_text_and_batches(server: Server, made: tuple[Path, dict[str, Any]]) -> None:
+    wanted = expected(made, "reviews", TEXTS)
+    for inputs in ("a great film", ["a great film"]):
+        check(server.predict({"inputs": inputs, "model": "reviews"}), wanted[0], LABELS["reviews"])
+    found = server.predict({"inputs": [[text] for text in TEXTS], "model": "reviews"})
+    for scores, row in zip(found, wanted, strict=True):
+        check(scores, row, LABELS["reviews"])
+
+
+def test_one_batch_of_many_adapters_and_the_answer_names_them(
+    server: Server, made: tuple[Path, dict[str, Any]]
+) -> None:
+    names = ["reviews", "topics", "topics", "reviews"]
+    body = {"inputs": [[text] for text in TEXTS], "models": names}
+    status, found, headers = server.ask("POST", "/predict", body)
+    assert status == 200
+    for scores, text, name in zip(found, TEXTS, names, strict=True):
+        check(scores, expected(made, name, [text])[0], LABELS[name])
+    assert headers["x-adapter"] == "reviews,topics,topics,reviews"
+    assert [version[:2] for version in headers["x-adapter-version"].split(",")] == ["1-"] * 4
+    assert headers["x-truncated"] == "1"
+
+
+def test_raw_scores_top_k_and_truncate(server: Server, made: tuple[Path, dict[str, Any]]) -> None:
+    logits = answers(made[1]["topics"], TEXTS[:1], made[0] / "base")[0]
+    found = server.predict({"inputs": TEXTS[0], "model": "topics", "raw_scores": True})
+    check(found, logits, LABELS["topics"])
+    assert (
+        server.predict({"inputs": TEXTS[0], "model": "topics", "top_k": 1})
+        == (server.predict({"inputs": TEXTS[0], "model": "topics"})[:1])
+    )
+    status, found, _ = server.ask("POST", "/predict", {"inputs": TEXTS[2], "model": "topics", "truncate": False})
+    assert (status, found["error_type"]) == (422, "validation")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"inputs": ["a", "b"], "model": "reviews"}, 422, '[["first"], ["second"]]'),
+        ({"inputs": [["a", "b"]], "model": "reviews"}, 422, "alone in its list"),
+        ({"inputs": [], "model": "reviews"}, 400, "no input"),
+        ({"inputs": 7, "model": "reviews"}, 422, '[["first"], ["second"]]'),
+        ({"model": "reviews"}, 422, "inputs"),
+        ({"inputs": "a", "model": "nobody"}, 404, "nobody"),
+        ({"inputs": "a", "model": "../reviews"}, 404, "no adapter"),
+        ({"inputs": "a"}, 400, '"model" is missing, and there are 2 adapters'),
+        ({"inputs": [["a"]], "models": ["reviews", "topics"]}, 422, "2 models for 1 inputs"),
+        ({"inputs": [["a"]], "models": ["reviews"], "model": "reviews"}, 422, "leave `model` out"),
+        ({"inputs": [["a"]] * 257, "model": "reviews"}, 422, "257 texts"),
+        ({"inputs": "a" * 1_000_001, "model": "reviews"}, 422, "1,000,001 characters"),
+        ({"inputs": "a", "model": "reviews", "truncation_direction": "left"}, 422, "right"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_with_its_reason(
+    server: Server, body: object, status: int, said: str
+) -> None:
+    found, failure, _ = server.ask("POST", "/predict", body)
+    assert (found, failure.keys()) == (status, {"error", "error_type", "code", "mend"})
+    assert said in failure["error"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b'{"inputs": "a", "model"', 422),
+        (b'{"inputs": "\\ud800", "model": "reviews"}', 422),
+        (b'{"inputs": NaN, "model": "reviews"}', 422),
+        (b"[" * 200_000, 422),
+        (b'{"inputs":' + b"[" * 5_000 + b"]" * 5_000 + b"}", 422),
+        (b"\xff\xfe", 422),
+        (b"", 422),
+        (b'"' + b"a" * (10 << 20) + b'"', 413),
+        (b'{"inputs": "a", "model": ' + b"9" * 5_000 + b"}", 422),
+        (b'{"inputs": "a\\u0000b", "model": "reviews"}', 200),
+    ],
+)
+def test_bodies_that_are_no_bodies(server: Server, raw: bytes, status: int) -> None:
+    found, _, _ = server.ask("POST", "/predict", raw=raw)
+    assert found in (status, 400) if status == 422 else found == status
+    assert server.ask("GET", "/health")[0] == 200
+
+
+def test_the_only_adapter_needs_no_name(alone: Server, made: tuple[Path, dict[str, Any]]) -> None:
+    check(alone.predict({"inputs": TEXTS[0]}), expected(made, "reviews", TEXTS[:1])[0], LABELS["reviews"])
+    assert alone.ask("POST", "/v1/classify", {"input": "boring"})[0] == 200
+
+
+def test_an_address_for_each_adapter(server: Server, made: tuple[Path, dict[str, Any]]) -> None:
+    found = server.predict({"inputs": TEXTS[0]}, "/a/topics/predict")
+    check(found, expected(made, "topics", TEXTS[:1])[0], LABELS["topics"])
+    assert server.ask("POST", "/a/topics/predict", {"inputs": "a", "model": "reviews"})[0] == 422
+    assert server.ask("POST", "/a/nobody/predict", {"inputs": "a"})[0] == 404
+
+
+# -- the others
+
+
+def test_vllm(server: Server, made: tuple[Path, dict[str, Any]]) -> None:
+    for path in ("/v1/classify", "/classify", "/a/topics/v1/classify"):
+        found = server.predict({"model": "topics", "input": TEXTS}, path)
+        assert (found["object"], found["model"], len(found["data"])) == ("list", "topics", 4)
+        for i, (one, row) in enumerate(zip(found["data"], expected(made, "topics", TEXTS), strict=True)):
+            assert (one["index"], one["num_classes"]) == (i, 3)
+            assert one["probs"] == pytest.approx(row.tolist(), abs=1e-4)
+            assert one["label"] == LABELS["topics"][int(row.argmax())]
+        assert found["usage"]["total_tokens"] > 0
+
+
+@pytest.mark.parametrize(("shape", "data"), [([4], TEXTS), ([4, 1], TEXTS), ([4, 1], [[text] for text in TEXTS])])
+def test_kserve(server: Server, made: tuple[Path, dict[str, Any]], shape: list[int], data: list[Any]) -> None:
+    body = {"id": "7", "inputs": [{"name": "x", "shape": shape, "datatype": "BYTES", "data": data}]}
+    found = server.predict(body, "/v2/models/topics/infer")
+    rows = expected(made, "topics", TEXTS)
+    outputs = {one["name"]: one for one in found["outputs"]}
+    assert (found["model_name"], found["id"], found["model_version"][:2]) == ("topics", "7", "1-")
+    assert outputs["label"]["data"] == [LABELS["topics"][i] for i in rows.argmax(1)]
+    assert outputs["probs"]["data"] == pytest.approx(rows.ravel().tolist(), abs=1e-4)
+    assert outputs["probs"]["parameters"] == {"labels": list(LABELS["topics"])}
+    assert server.predict(body | {"outputs": [{"name": "score"}]}, "/v2/models/topics/infer")["outputs"] == [
+        outputs["score"]
+    ]
+    assert server.ask("GET", "/v2/models/topics")[1]["outputs"][2]["shape"] == [-1, 3]
+    assert server.ask("GET", "/v2/models/topics/ready")[1] == {"name": "topics", "ready": True}
+    assert server.ask("GET", "/v2/models/nobody/ready")[0] == 404
+
+
+def test_hugging_faces_client_unchanged(server: Server, made: tuple[Path, dict[str, Any]]) -> None:
+    program = (
+        "import json, sys, huggingface_hub; client = huggingface_hub.InferenceClient(sys.argv[1]);"
+        "found = client.text_classification(sys.argv[2]); print(json.dumps({one.label: one.score for one in found}))"
+    )
+    command = [sys.executable, "-c", program, f"{server.url}/a/topics", TEXTS[0]]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "0"}, capture_output=True, text=True)
+    row = expected(made, "topics", TEXTS[:1])[0]
+    assert json.loads(done.stdout) == pytest.approx(dict(zip(LABELS["topics"], row, strict=True)), abs=1e-4)
+
+
+# -- operating
+
+
+def test_lists_states_and_figures(server: Server) -> None:
+    server.predict({"inputs": "boring", "model": "reviews"})
+    assert [one["id"] for one in server.ask("GET", "/v1/models")[1]["data"]] == ["reviews", "topics"]
+    assert [one["id"] for one in server.ask("GET", "/v1/models?limit=1")[1]["data"]] == ["reviews"]
+    assert [one["id"] for one in server.ask("GET", "/v1/models?after=reviews")[1]["data"]] == ["topics"]
+    status = server.ask("GET", "/v1/adapters/reviews")[1]
+    assert (status["state"], status["labels"], status["generation"]) == ("resident", ["neg", "pos"], 1)
+    assert status["bytes"] > 0
+    info = server.ask("GET", "/info")[1]
+    assert info["adapters"]["registered"] == 2
+    for path in ("/livez", "/readyz", "/health", "/ping", "/v2/health/live", "/v2/health/ready", "/v2"):
+        assert server.ask("GET", path)[0] == 200
+    metrics = server.ask("GET", "/metrics")[1]
+    values = dict(re.findall(r"^(\w+) ([\d.e+-]+)$", metrics, re.MULTILINE))
+    assert float(values["te_request_success_total"]) > 0
+    assert float(values["adapters_registered"]) == 2
+    assert "reviews" not in metrics
+
+
+def test_the_api_is_documented_and_its_page_needs_no_network(server: Server) -> None:
+    spec = server.ask("GET", "/openapi.json")[1]
+    assert {"/predict", "/v1/classify", "/v2/models/{adapter}/infer", "/a/{adapter}/predict"} <= spec["paths"].keys()
+    for path in ("/docs", "/"):
+        page = server.ask("GET", path)[1]
+        for address in re.findall(r'(?:src|href)="([^"]+)"', page):
+            assert address.startswith("/")
+            assert server.ask("GET", address)[0] == 200
+
+
+def test_admin_routes_are_off_unless_asked_for(server: Server) -> None:
+    for method in ("PUT", "PATCH", "DELETE"):
+        assert server.ask(method, "/v1/adapters/reviews", {"pin": True})[0] == 405
+    assert server.ask("GET", "/v1/adapters/reviews")[0] == 200
+
+
+def test_another_name_for_this_host_is_refused(server: Server) -> None:
+    assert server.ask("GET", "/v1/models", headers={"Host": "evil.example"})[0] == 400
+
+
+# -- adding, replacing, removing
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def upload(folder: Path) -> tuple[bytes, dict[str, str]]:
+    edge, pieces = "edge-of-the-parts", []
+    for file in folder.iterdir():
+        head = f'--{edge}\r\nContent-Disposition: form-data; name="files"; filename="{file.name}"\r\n\r\n'
+        pieces.append(head.encode() + file.read_bytes() + b"\r\n")
+    return b"".join(pieces) + f"--{edge}--\r\n".encode(), {"Content-Type": f"multipart/form-data; boundary={edge}"}
+
+
+def test_an_adapter_is_uploaded_replaced_pinned_and_removed(guarded: Server, made: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = made
+    admin = bearer(ADMIN)
+    raw, headers = upload(folder / "spare")
+    status, found, _ = guarded.ask("PUT", "/v1/adapters/new", raw=raw, headers=headers | admin)
+    assert (status, found["state"], found["generation"]) == (200, "resident", 1)
+    scores = guarded.predict({"inputs": TEXTS[0], "model": "new"}, **admin)
+    check(scores, expected(made, "spare", TEXTS[:1], 1.0)[0], ("neg", "pos"))
+
+    raw, headers = upload(folder / "adapters" / "topics")
+    status, found, _ = guarded.ask("PUT", "/v1/adapters/new", raw=raw, headers=headers | admin)
+    assert (status, found["generation"], found["labels"]) == (200, 2, list(LABELS["topics"]))
+    assert guarded.ask("PATCH", "/v1/adapters/new", {"pin": True}, headers=admin)[1]["pinned"]
+    assert guarded.ask("DELETE", "/v1/adapters/new?if_generation=1", headers=admin)[0] == 412
+    assert guarded.ask("DELETE", "/v1/adapters/new", headers=admin)[0] == 200
+    assert guarded.ask("POST", "/predict", {"inputs": "a", "model": "new"}, headers=admin)[0] == 404
+
+
+def test_a_bad_upload_is_refused_and_the_old_version_answers(
+    guarded: Server, made: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    admin = bearer(ADMIN)
+    before = guarded.predict({"inputs": TEXTS[0], "model": "topics"}, **admin)
+    shutil.copytree(made[0] / "spare", tmp_path / "bad")
+    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    raw, headers = upload(tmp_path / "bad")
+    status, found, _ = guarded.ask("PUT", "/v1/adapters/topics", raw=raw, headers=headers | admin)
+    assert (status, found["code"]) == (422, "adapter.damaged")
+    assert guarded.predict({"inputs": TEXTS[0], "model": "topics"}, **admin) == before
+    for folder in ("../spare", "/etc", "nowhere", ".new"):
+        assert guarded.ask("PUT", "/v1/adapters/x", {"folder": folder}, headers=admin)[0] == 422
+    assert guarded.ask("PUT", "/v1/adapters/..%2fx", {"folder": "topics"}, headers=admin)[0] in (404, 422)
+
+
+def test_a_folder_that_is_renamed_into_the_directory_is_served(
+    guarded: Server, made: tuple[Path, dict[str, Any]]
+) -> None:
+    admin = bearer(ADMIN)
+    directory = Path(guarded.process.args[guarded.process.args.index("--adapter-dir") + 1])  # type: ignore[index, arg-type, union-attr]
+    shutil.copytree(made[0] / "spare", directory / ".draft")
+    (directory / ".draft").rename(directory / "late")
+    for _ in range(100):
+        status, scores, _ = guarded.ask("POST", "/predict", {"inputs": TEXTS[0], "model": "late"}, headers=admin)
+        if status == 200:
+            break
+        time.sleep(0.1)
+    check(scores, expected(made, "spare", TEXTS[:1], 1.0)[0], ("neg", "pos"))
+    shutil.rmtree(directory / "late")
+    for _ in range(100):
+        if guarded.ask("POST", "/predict", {"inputs": "a", "model": "late"}, headers=admin)[0] == 404:
+            return
+        time.sleep(0.1)
+    raise AssertionError("it is still served")
+
+
+# -- tokens
+
+
+def test_no_route_but_the_public_ones_answers_without_the_right_token(guarded: Server) -> None:
+    spec = guarded.ask("GET", "/openapi.json")[1]
+    routes = [(path, method) for path, methods in spec["paths"].items() for method in methods]
+    assert len(routes) >= 25
+    bypasses = []
+    for path, method in routes:
+        address = path.replace("{adapter}", "reviews")
+        for headers in (
+            {},
+            bearer("wrong"),
+            {"Authorization": f"Basic {ADMIN}"},
+            bearer(""),
+            {"X-Api-Key": READER[:-1]},
+        ):
+            status, _, _ = guarded.ask(method.upper(), address, {}, headers=headers)
+            if status != 401 and path not in PUBLIC:
+                bypasses.append((method, address, headers, status))
+    assert bypasses == []
+    for variant in (
+        "//v1/models",
+        "/v1/models/",
+        "/V1/models",
+        "/page/../v1/models",
+        "/docs/../v1/models",
+        "/v1%2fmodels",
+    ):
+        status, found, _ = guarded.ask("GET", variant)
+        assert status != 200 or "reviews" not in str(found)
+
+
+def test_a_token_asks_its_own_adapters_and_changes_none(guarded: Server) -> None:
+    reader = bearer(READER)
+    assert guarded.ask("POST", "/predict", {"inputs": "a", "model": "reviews"}, headers=reader)[0] == 200
+    assert guarded.ask("POST", "/predict", {"inputs": "a"}, headers=reader)[0] == 200  # the only one that it may ask
+    assert guarded.ask("POST", "/predict", {"inputs": "a", "model": "topics"}, headers=reader)[0] == 403
+    mixed = {"inputs": [["a"], ["b"]], "models": ["reviews", "topics"]}
+    assert guarded.ask("POST", "/predict", mixed, headers=reader)[0] == 403
+    for path in ("/a/topics", "/a/topics/predict", "/a/topics/v1/classify", "/v2/models/topics/infer"):
+        body = {"inputs": "a", "input": "a"}
+        if path.endswith("infer"):
+            body = {"inputs": [{"name": "x", "shape": [1], "datatype": "BYTES", "data": ["a"]}]}  # type: ignore[dict-item]
+        assert guarded.ask("POST", path, body, headers=reader)[0] == 403
+    for path in ("/v1/models/topics", "/v1/adapters/topics", "/v2/models/topics", "/v2/models/topics/ready"):
+        assert guarded.ask("GET", path, headers=reader)[0] == 403
+    assert [one["id"] for one in guarded.ask("GET", "/v1/models", headers=reader)[1]["data"]] == ["reviews"]
+    assert [one["name"] for one in guarded.ask("GET", "/v1/adapters", headers=reader)[1]["adapters"]] == ["reviews"]
+    for method in ("PUT", "PATCH", "DELETE"):
+        assert guarded.ask(method, "/v1/adapters/reviews", {"pin": True}, headers=reader)[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--host", "0.0.0.0"], "--tokens FILE"),
+        (["--tokens", "missing.toml"], "cannot be read"),
+        ([], "nothing to serve"),
+        (["--memory", "lots", "--base", "BASE"], "no size"),
+    ],
+)
+def test_what_cannot_be_served_ends_with_2(made: tuple[Path, dict[str, Any]], arguments: list[str], said: str) -> None:
+    given = [str(made[0] / "base") if one == "BASE" else one for one in arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab", "serve", "--port", "0", *given], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+# -- manners
+
+
+def test_slow_clients_are_let_go_and_others_do_not_notice(made: tuple[Path, dict[str, Any]]) -> None:
+    server = start(str(made[0] / "adapters" / "reviews"))
+    host, port = urlsplit(server.url).hostname, urlsplit(server.url).port
+    slow = [socket.create_connection((host, port)) for _ in range(200)]
+    begin = time.monotonic()
+    for i, one in enumerate(slow):
+        one.sendall((b"", b"POST /predict HTTP/1.1\r\nHo", b"POST /predict HTTP/1.1\r\nHost: localhost\r\n"
+                     b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")[i % 3])  # fmt: skip
+    waits = []
+    for _ in range(20):
+        at = time.monotonic()
+        server.predict({"inputs": "boring"})
+        waits.append(time.monotonic() - at)
+    assert max(waits) < 2
+    for one in slow:
+        one.settimeout(max(0.1, 15 - (time.monotonic() - begin)))
+        while one.recv(1_000):
+            pass
+        one.close()
+    assert time.monotonic() - begin < 12
+    assert server.stop() == 0
+
+
+def test_headers_that_are_too_long_are_refused(server: Server) -> None:
+    assert server.ask("GET", "/health", headers={"X-Long": "a" * 10_000})[0] == 200
+    for size in (20_000, 100_000):
+        try:
+            status = server.ask("GET", "/health", headers={"X-Long": "a" * size})[0]
+        except OSError:
+            status = 0  # it closed the connection while we still sent
+        assert status in (0, 400, 431)
+    assert server.ask("GET", "/health")[0] == 200
+
+
+def test_a_deadline_that_cannot_be_met_is_504(server: Server) -> None:
+    body = {"inputs": [[TEXTS[2]]] * 200, "model": "reviews"}
+    status, found, _ = server.ask("POST", "/predict", body, headers={"X-Request-Timeout-Ms": "1"})
+    assert (status, found["error_type"]) == (504, "timeout")
+    for wrong in ("0", "-1", "soon", "1e3", "99999999999"):
+        assert server.ask("POST", "/predict", body, headers={"X-Request-Timeout-Ms": wrong})[0] == 422
+
+
+def test_who_went_away_is_not_computed(server: Server) -> None:
+    def dropped() -> float:
+        return float(
+            re.search(r"^te_rows_dropped_total (\S+)", server.ask("GET", "/metrics")[1], re.MULTILINE).group(1)
+        )  # type: ignore[union-attr]
+
+    before, body = dropped(), json.dumps({"inputs": [[TEXTS[2]]] * 250, "model": "reviews"}).encode()
+    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    there = (urlsplit(server.url).hostname, urlsplit(server.url).port)
+    callers = [socket.create_connection(there) for _ in range(20)]
+    for one in callers:
+        one.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    time.sleep(0.3)  # until they are in the queue; who goes before is not even put there
+    for one in callers:
+        one.close()
+    for _ in range(100):
+        if dropped() > before:
+            return
+        time.sleep(0.1)
+    raise AssertionError("nothing was dropped")
+
+
+def test_sigterm_finishes_what_was_accepted_and_ends_with_0(made: tuple[Path, dict[str, Any]]) -> None:
+    server = start(str(made[0] / "adapters" / "reviews"))
+    body = {"inputs": [[TEXTS[2]]] * 200}
+    statuses: list[int] = []
+
+    def call() -> None:
+        for _ in range(50):
+            try:
+                statuses.append(server.ask("POST", "/predict", body)[0])
+            except (OSError, http.client.HTTPException):
+                return  # nothing listens any more: this request was not accepted
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    assert server.stop() == 0
+    for thread in threads:
+        thread.join()
+    assert statuses
+    assert set(statuses) <= {200, 503}
+    assert "stopped; all that was accepted has been answered\n" in server.lines
+
+
+def test_no_text_and_no_secret_is_in_the_log(guarded: Server, made: tuple[Path, dict[str, Any]]) -> None:
+    secret_text = "a-very-private-sentence"
+    guarded.ask("POST", "/predict", {"inputs": secret_text, "model": "reviews"}, headers=bearer(ADMIN))
+    guarded.ask("POST", "/predict", {"inputs": [secret_text, "x"], "model": "reviews"}, headers=bearer(ADMIN))
+    guarded.ask("POST", "/predict", {"inputs": secret_text}, headers=bearer("wrong-wrong-wrong"))
+    said = "".join(guarded.lines)
+    assert secret_text not in said
+    assert ADMIN not in said
+    assert "wrong-wrong-wrong" not in said

@@ -1,0 +1,507 @@
+"""Adapters by name: loading, evicting, replacing, refusing; nobody waits for another's file or sees another's fault."""
+
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import seal, write_adapter
+from bases import write_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from trimtab.config import RuntimeSettings
+from trimtab.errors import ArtefactError, DataError, ResourceError, TrimtabError
+from trimtab.hub import find_base
+from trimtab.serving import base as bases
+from trimtab.serving import store as stores
+from trimtab.serving import uploads
+from trimtab.serving.base import Resident, ServedBase, load_base
+from trimtab.serving.store import GenerationError, Store, UnknownAdapterError
+from trimtab.serving.watch import Watch
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ServedBase, Path]:
+    """A base, and the folder with the adapters a, b, c and d of one size, and other/ over another base."""
+    folder = tmp_path_factory.mktemp("store")
+    write_base(folder / "base", "bert")
+    write_base(folder / "other-base", "bert", seed=1)
+    for seed, name in enumerate("abcd"):
+        write_adapter(folder / name, folder / "base", seed=seed)
+    write_adapter(folder / "other", folder / "other-base")
+    return load_base(find_base(str(folder / "base")), RuntimeSettings(threads=1)), folder
+
+
+@pytest.fixture
+def store(made: tuple[ServedBase, Path]) -> Iterator[Store]:
+    store = Store(made[0], 1 << 30)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def directory(made: tuple[ServedBase, Path], tmp_path: Path) -> Path:
+    """A directory with copies of a, b, c and d."""
+    for name in "abcd":
+        shutil.copytree(made[1] / name, tmp_path / "adapters" / name)
+    return tmp_path / "adapters"
+
+
+def get(store: Store, name: str) -> Resident:
+    """Loads an adapter and lets it go again."""
+    resident = store.hold(name).result(timeout=10)
+    store.release(resident)
+    return resident
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    seal(folder)
+
+
+# -- names and memory
+
+
+def test_a_name_costs_nothing_until_it_is_asked_for(store: Store, directory: Path) -> None:
+    store.register("a", directory / "a")
+    assert (store.status("a").state, store.totals()["bytes"]) == ("registered", 0)
+    assert get(store, "a").version.startswith("1-")
+    status = store.status("a")
+    assert (status.state, status.labels, status.generation, status.hits) == ("resident", ("neg", "pos"), 1, 1)
+    assert status.bytes == store.totals()["bytes"] > 0
+
+
+def test_an_unknown_name_is_an_error(store: Store) -> None:
+    for ask in (store.hold, store.status, store.remove):
+        with pytest.raises(UnknownAdapterError):
+            ask("nobody")
+
+
+def test_the_least_recently_used_makes_room(made: tuple[ServedBase, Path], directory: Path) -> None:
+    size = bases.read(made[0], directory / "a").layout.bytes
+    store = Store(made[0], 2 * size)
+    for name in "abc":
+        store.register(name, directory / name)
+    for name in "abac":
+        get(store, name)
+    assert {name: store.status(name).state for name in "abc"} == {"a": "resident", "b": "registered", "c": "resident"}
+    assert store.totals()["bytes"] == 2 * size
+    assert store.counts.evictions == 1
+    assert get(store, "b").labels.values == ("neg", "pos")
+
+
+def test_what_is_held_or_pinned_stays_and_then_there_is_no_room(made: tuple[ServedBase, Path], directory: Path) -> None:
+    store = Store(made[0], 2 * bases.read(made[0], directory / "a").layout.bytes)
+    for name in "abc":
+        store.register(name, directory / name)
+    store.pin("a", True)
+    get(store, "a")
+    held = store.hold("b").result(10)
+    with pytest.raises(ResourceError, match="No room"):
+        store.hold("c").result(10)
+    store.release(held)
+    assert get(store, "c")
+    assert store.status("a").state == "resident"
+    store.pin("a", False)
+    get(store, "b")
+    get(store, "c")
+    assert store.status("a").state == "registered"
+
+
+# -- replacing and removing
+
+
+def test_a_request_keeps_its_version_and_the_next_gets_the_new_one(store: Store, directory: Path) -> None:
+    store.register("a", directory / "a")
+    old = store.hold("a").result(10)
+    numbers = old.beside.numbers.clone()
+    new = store.replace("a", directory / "b")
+    assert (old.generation, new.generation) == (1, 2)
+    assert get(store, "a") is new
+    get_more = [store.replace("a", directory / name) for name in "cd"]  # would take the memory, were it free
+    assert torch.equal(old.beside.numbers, numbers)
+    store.release(old)
+    assert store.totals()["bytes"] == get_more[-1].bytes
+
+
+def test_removing_lets_those_finish_that_hold_it(store: Store, directory: Path) -> None:
+    store.register("a", directory / "a")
+    held = store.hold("a").result(10)
+    store.remove("a")
+    with pytest.raises(UnknownAdapterError):
+        store.hold("a")
+    assert store.totals() == {"registered": 0, "resident": 0, "pinned": 0, "bytes": held.bytes}
+    store.release(held)
+    assert store.totals()["bytes"] == 0
+
+
+def test_a_generation_can_be_expected(store: Store, directory: Path) -> None:
+    with pytest.raises(GenerationError):
+        store.replace("a", directory / "a", if_generation=1)
+    store.replace("a", directory / "a", if_generation=0)
+    with pytest.raises(GenerationError, match="in generation 1, expected 0"):
+        store.replace("a", directory / "b", if_generation=0)
+    with pytest.raises(GenerationError):
+        store.remove("a", if_generation=7)
+    assert store.replace("a", directory / "b", if_generation=1).generation == 2
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def not_finite(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: next(iter(tensors.values())).view(-1)[0].fill_(float("nan")))
+
+
+def wrong_shape(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({next(iter(tensors)): torch.zeros(3, 3)}))
+
+
+def no_head(folder: Path) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "classifier" in name]:
+            del tensors[name]
+
+    edit_tensors(folder, edit)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def garbled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 5_000)
+
+
+def no_description(folder: Path) -> None:
+    (folder / "trimtab.json").unlink()
+
+
+def huge(folder: Path) -> None:
+    with (folder / "adapter_model.safetensors").open("ab") as file:
+        file.truncate(1 << 40)
+
+
+DAMAGES = [truncated, not_finite, wrong_shape, no_head, pickled, garbled, no_description, huge]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_adapter_is_refused_with_its_reason_and_the_old_one_stays(
+    store: Store, directory: Path, damage: Callable[[Path], object]
+) -> None:
+    store.register("a", directory / "a")
+    old = get(store, "a")
+    damage(directory / "b")
+    with pytest.raises(ArtefactError) as refused:
+        store.replace("a", directory / "b")
+    assert refused.value.what
+    assert get(store, "a") is old
+    assert store.totals()["bytes"] == old.bytes
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_adapter_fails_alone(store: Store, directory: Path, damage: Callable[[Path], object]) -> None:
+    damage(directory / "b")
+    for name in "abc":
+        store.register(name, directory / name)
+    with pytest.raises(ArtefactError):
+        store.hold("b").result(10)
+    assert store.status("b").state == "failed"
+    assert store.status("b").reason
+    assert get(store, "a")
+    assert get(store, "c")
+
+
+def test_an_adapter_of_another_base_is_refused(store: Store, made: tuple[ServedBase, Path]) -> None:
+    with pytest.raises(ArtefactError, match="weights are not the base's here"):
+        store.replace("other", made[1] / "other")
+    assert "other" not in store.names()
+
+
+def test_a_folder_that_was_mended_is_read_again(
+    store: Store, made: tuple[ServedBase, Path], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.register("a", directory / "a")
+    truncated(directory / "a")
+    with pytest.raises(ArtefactError):
+        store.hold("a").result(10)
+    shutil.copytree(made[1] / "a", directory / "a", dirs_exist_ok=True)
+    with pytest.raises(ArtefactError):
+        store.hold("a").result(10)  # not at every request
+    monkeypatch.setattr(stores, "_RETRY_S", 0.0)
+    assert get(store, "a")
+
+
+def test_files_that_go_or_shrink_while_in_use_harm_nobody(store: Store, directory: Path) -> None:
+    store.register("a", directory / "a")
+    held = store.hold("a").result(10)
+    before = held.beside.numbers.clone()
+    (directory / "a" / "adapter_model.safetensors").write_bytes(b"")
+    shutil.rmtree(directory / "a")
+    assert torch.equal(held.beside.numbers, before)
+    store.release(held)
+    assert get(store, "a") is held
+
+
+# -- waiting
+
+
+def test_nobody_waits_for_another_ones_slow_file(
+    store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, read = threading.Event(), stores.read
+
+    def delayed(served: ServedBase, folder: Path, *rest: Any) -> Any:
+        if folder.name == "a":
+            slow.wait(10)
+        return read(served, folder, *rest)
+
+    monkeypatch.setattr(stores, "read", delayed)
+    for name in "ab":
+        store.register(name, directory / name)
+    waiting = [store.hold("a") for _ in range(5)]
+    assert get(store, "b")
+    assert not any(one.done() for one in waiting)
+    assert store.status("a").state == "loading"
+    slow.set()
+    assert len({id(one.result(10)) for one in waiting}) == 1
+    assert store.counts.loads == 2  # those who waited for the same file had it read once
+    for one in waiting:
+        store.release(one.result())
+
+
+def test_who_gave_up_waiting_holds_nothing(store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, read = threading.Event(), stores.read
+    monkeypatch.setattr(stores, "read", lambda *all_: (slow.wait(10), read(*all_))[1])
+    store.register("a", directory / "a")
+    first, second = store.hold("a"), store.hold("a")
+    assert first.cancel()
+    slow.set()
+    store.release(second.result(10))
+    store.remove("a")
+    assert store.totals()["bytes"] == 0
+
+
+def test_many_threads_at_once_leave_the_books_in_order(made: tuple[ServedBase, Path], directory: Path) -> None:
+    size = bases.read(made[0], directory / "a").layout.bytes
+    store = Store(made[0], 3 * size)
+    for name in "abcd":
+        store.register(name, directory / name)
+    expected = {name: get(store, name).beside.numbers.clone() for name in "abcd"}
+    faults: list[object] = []
+
+    def use(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(60):
+            name = rng.choice("abcd")
+            try:
+                if rng.random() < 0.1:
+                    store.replace(name, directory / name)
+                held = store.hold(name).result(20)
+                if not torch.equal(held.beside.numbers, expected[name]) or held.name != name:
+                    faults.append(name)
+                store.release(held)
+            except ResourceError:
+                pass  # three adapters fit, and others hold them
+            except Exception as error:
+                faults.append(error)
+
+    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert store.totals()["bytes"] == size * store.totals()["resident"] <= 3 * size
+    assert store._holders == {}
+
+
+# -- names that could lead elsewhere
+
+_OPENED: list[str] | None = None
+
+
+def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    if _OPENED is not None and event in ("open", "os.rename", "os.mkdir", "os.scandir", "shutil.rmtree"):
+        _OPENED.append(str(arguments[0]))
+
+
+sys.addaudithook(_note_opened)
+
+PARTS = st.sampled_from(
+    [
+        "..",
+        ".",
+        "/",
+        "\\",
+        "a",
+        "b",
+        "%2e%2e",
+        "\0",
+        "~",
+        "secret",
+        "C:",
+        "//",
+        "a/../..",
+        "\u2025",
+        "é",
+        " ",
+        "\n",
+        "-",
+    ]
+)
+
+
+@pytest.mark.parametrize("use", ["inside", "upload", "register"])
+def test_no_name_leads_out_of_the_directory(store: Store, directory: Path, use: str) -> None:
+    outside = directory.parent / "secret"
+    shutil.copytree(directory / "a", outside)
+    (directory / "link").symlink_to(outside)
+    tries = {"inside": 2_000, "upload": 500, "register": 500}[use]
+
+    @settings(max_examples=tries, deadline=None, database=None)
+    @given(st.lists(PARTS, min_size=1, max_size=6).map("".join) | st.text(max_size=20) | st.just(str(outside)))
+    def no_way_out(name: str) -> None:
+        global _OPENED
+        _OPENED = []
+        try:
+            if use == "inside":
+                folder = uploads.inside(directory, name)
+                assert folder.parent == directory
+            elif use == "upload":
+                uploads.put(store, directory, name, {"adapter_config.json": b"{}"})
+            else:
+                store.replace(name, uploads.inside(directory, name))
+        except TrimtabError:
+            pass
+        finally:
+            opened, _OPENED = _OPENED, None
+        assert [path for path in opened if str(directory) not in path and ("secret" in path or ".." in path)] == []
+
+    no_way_out()
+    with pytest.raises(DataError):
+        uploads.inside(directory, "link")
+    assert (outside / "trimtab.json").is_file()
+    assert dict(stores.folders(directory)).keys() == set("abcd")
+
+
+def test_links_out_of_an_adapters_folder_are_not_followed(store: Store, directory: Path, tmp_path: Path) -> None:
+    file = directory / "a" / "adapter_model.safetensors"
+    shutil.move(file, tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtefactError, match="leads out"):
+        store.replace("a", directory / "a")
+
+
+# -- uploads
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_an_upload_is_served_and_replaced_and_a_bad_one_leaves_no_trace(
+    store: Store, made: tuple[ServedBase, Path], directory: Path
+) -> None:
+    assert uploads.put(store, directory, "new", files_of(made[1] / "a")).generation == 1
+    there = get(store, "new")
+    good = files_of(directory / "new")
+    with pytest.raises(ArtefactError):
+        uploads.put(store, directory, "new", files_of(made[1] / "b") | {"adapter_model.safetensors": b"no"})
+    with pytest.raises(DataError, match="no file of an adapter"):
+        uploads.put(store, directory, "new", good | {"../evil": b""})
+    assert get(store, "new") is there
+    assert files_of(directory / "new") == good
+    assert uploads.put(store, directory, "new", files_of(made[1] / "b"), if_generation=1).generation == 2
+    assert sorted(path.name for path in directory.iterdir()) == ["a", "b", "c", "d", "new"]
+
+
+def test_a_disk_that_is_full_leaves_no_trace(
+    store: Store, made: tuple[ServedBase, Path], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(uploads.durable, "write_bytes", full)
+    with pytest.raises(ResourceError, match="No space left"):
+        uploads.put(store, directory, "new", files_of(made[1] / "a"))
+    assert sorted(path.name for path in directory.iterdir()) == ["a", "b", "c", "d"]
+
+
+# -- the watched directory
+
+
+def test_folders_come_change_and_go(store: Store, made: tuple[ServedBase, Path], directory: Path) -> None:
+    said: list[str] = []
+    watch = Watch(store, directory, said.append)
+    watch.first_look()
+    assert store.names() == ["a", "b", "c", "d"]
+    old = get(store, "a")
+
+    shutil.copytree(made[1] / "c", directory / "e")
+    shutil.rmtree(directory / "d")
+    shutil.copytree(made[1] / "b", directory / ".draft")
+    shutil.rmtree(directory / "a")
+    (directory / ".draft").rename(directory / "a")
+    watch.look()
+    assert store.names() == ["a", "b", "c"]  # what is new has not settled yet
+    watch.look()
+    assert store.names() == ["a", "b", "c", "e"]
+    new = get(store, "a")
+    assert (new.generation, new.sha256 != old.sha256) == (2, True)
+    watch.look()
+    assert get(store, "a") is new
+    assert said == ["d: removed", f"a: replaced by {new.version}", "e: added"]
+
+
+def test_a_bad_change_leaves_the_old_one_and_is_told_once(store: Store, directory: Path) -> None:
+    said: list[str] = []
+    watch = Watch(store, directory, said.append)
+    watch.first_look()
+    old = get(store, "a")
+    time.sleep(0.01)
+    truncated(directory / "a")
+    for _ in range(4):
+        watch.look()
+    assert get(store, "a") is old
+    assert store.status("a").reason
+    assert len(said) == 1
+    assert said[0].startswith("a: not replaced; ")
+
+
+def test_a_folder_that_is_still_being_copied_is_left_alone(
+    store: Store, made: tuple[ServedBase, Path], directory: Path
+) -> None:
+    watch = Watch(store, directory)
+    watch.first_look()
+    (directory / "e").mkdir()
+    for i, file in enumerate(sorted((made[1] / "c").iterdir())):
+        watch.look()
+        assert "e" not in store.names(), i
+        shutil.copy(file, directory / "e")
+        time.sleep(0.01)
+    watch.look()
+    watch.look()
+    assert get(store, "e")
+
+
+def test_what_the_command_line_named_is_not_the_directorys_to_forget(
+    store: Store, made: tuple[ServedBase, Path], directory: Path
+) -> None:
+    store.replace("named", made[1] / "a")
+    watch = Watch(store, directory)
+    watch.first_look()
+    watch.look()
+    assert "named" in store.names()

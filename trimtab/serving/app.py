@@ -1,0 +1,238 @@
+"""The HTTP API: routes -> one call to the service -> bodies. What stands before every route is in `guard`."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from trimtab import __version__
+from trimtab.errors import ArtefactError, DataError, DivergedError, ResourceError, TrimtabError
+from trimtab.serving.access import Token
+from trimtab.serving.engine import DeadlineError, OverloadedError, StoppingError
+from trimtab.serving.formats import Failure
+from trimtab.serving.guard import Guard, Limits, State
+from trimtab.serving.listing import RefusedAdapterError, changing, listing
+from trimtab.serving.metrics import Metrics
+from trimtab.serving.predicting import PAIR, Answers, ClientGoneError, kserve, tei, vllm
+from trimtab.serving.service import Service
+from trimtab.serving.store import GenerationError, UnknownAdapterError
+
+
+@dataclass(frozen=True)
+class Manners:
+    """How the server meets its callers."""
+
+    tokens: tuple[Token, ...] = ()
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    """Names that a request may call the server by, where there are no tokens: a page elsewhere must not reach it
+    through a name of its own (DNS rebinding). ("*",): any."""
+    admin: bool = False
+    """Whether adapters may be changed by HTTP."""
+    limits: Limits = field(default_factory=Limits)
+
+
+def build(service: Service, manners: Manners, state: State, directory: Path | None) -> FastAPI:
+    """The application.
+
+    Args:
+        service: What answers.
+        manners: Tokens and limits.
+        state: Whether it is ready, and whether it stops.
+        directory: Where adapters come from and uploads go; None: nowhere.
+    """
+    app = FastAPI(
+        title="trimtab serve",
+        version=__version__,
+        description="LoRA classifiers, many on one base. The adapter is the `model` of a request.",
+        docs_url=None,
+        redoc_url=None,
+        responses={
+            422: {"model": Failure, "description": "The request cannot be understood."},
+            **({401: {"model": Failure, "description": "No token, or a wrong one."}} if manners.tokens else {}),
+        },
+    )
+    metrics = Metrics(service, state)
+    _errors(app, metrics)
+    answers = Answers(service, manners.limits, metrics)
+    tei(app, answers)
+    vllm(app, answers)
+    kserve(app, answers)
+    listing(app, service)
+    _operating(app, service, manners, state, metrics)
+    _pages(app)
+    if manners.admin:
+        changing(app, service, directory)
+    app.add_middleware(Guard, tokens=manners.tokens, limits=manners.limits, state=state)
+    if not manners.tokens:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(manners.hosts))
+    return app
+
+
+# -- operating ---------------------------------------------------------------------------------------------------------
+
+
+def _operating(app: FastAPI, service: Service, manners: Manners, state: State, metrics: Metrics) -> None:
+    """Routes for whoever runs the server."""
+
+    def ready() -> bool:
+        return state.is_ready and not state.is_draining and service.engine.is_alive
+
+    def said(ok: bool, **more: object) -> JSONResponse:
+        return JSONResponse({"ok": ok, **more}, 200 if ok else 503)
+
+    @app.get("/livez", tags=["operate"], summary="Whether the server lives")
+    @app.get("/v2/health/live", tags=["operate"], summary="Whether the server lives")
+    async def live() -> JSONResponse:
+        return said(service.engine.is_alive)
+
+    @app.get("/health", tags=["operate"], summary="Whether it can answer")
+    @app.get("/ping", tags=["operate"], summary="Whether it can answer")
+    @app.get("/readyz", tags=["operate"], summary="Whether it can answer, and has room")
+    @app.get("/v2/health/ready", tags=["operate"], summary="Whether it can answer")
+    async def readiness(request: Request) -> JSONResponse:
+        full = request.url.path == "/readyz" and service.engine.is_full
+        return said(ready() and not full, draining=state.is_draining, queue_full=full)
+
+    @app.get("/v2", tags=["operate"], summary="KServe's metadata of a server")
+    async def server() -> dict[str, Any]:
+        return {"name": "trimtab", "version": __version__, "extensions": []}
+
+    @app.get("/info", tags=["operate"], summary="What is served, and the limits")
+    async def info() -> dict[str, Any]:
+        served, engine = service.store.served, service.engine
+        return {
+            "model_id": served.base.recorded_as,
+            "model_sha": served.base.weights_sha256,
+            "model_dtype": str(served.dtype).removeprefix("torch."),
+            "model_type": "classifier",
+            "max_input_length": served.longest,
+            "max_batch_tokens": engine.limits.batch_tokens,
+            "max_client_batch_size": manners.limits.texts,
+            "auto_truncate": True,
+            "version": __version__,
+            "adapters": {**service.store.totals(), "budget_bytes": service.store.budget_bytes},
+            "queue": {
+                "texts": engine.backlog[0],
+                "tokens": engine.backlog[1],
+                "max_tokens": engine.limits.queue_tokens,
+            },
+            "admin": manners.admin,
+        }
+
+    @app.get("/metrics", tags=["operate"], summary="Prometheus")
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _pages(app: FastAPI) -> None:
+    """The page for people, and the API's documentation; both are in the package, so that no network is needed."""
+    import swagger_ui_bundle
+
+    page = Path(str(resources.files("trimtab.serving") / "page"))
+    policy = {
+        "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> FileResponse:
+        return FileResponse(page / "index.html", headers=policy)
+
+    app.mount("/page/", StaticFiles(directory=page), name="page")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="trimtab serve",
+            swagger_js_url="/docs-assets/swagger-ui-bundle.js",
+            swagger_css_url="/docs-assets/swagger-ui.css",
+            swagger_favicon_url="/docs-assets/favicon-32x32.png",
+        )
+
+    app.mount("/docs-assets/", StaticFiles(directory=swagger_ui_bundle.swagger_ui_path), name="docs")
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+_STATUS: tuple[tuple[type[Exception], int, str], ...] = (
+    (UnknownAdapterError, 404, "not_found"),
+    (GenerationError, 412, "validation"),
+    (OverloadedError, 429, "overloaded"),
+    (DeadlineError, 504, "timeout"),
+    (StoppingError, 503, "unhealthy"),
+    (DataError, 422, "validation"),
+    (DivergedError, 424, "backend"),
+    (ArtefactError, 424, "backend"),
+    (ResourceError, 507, "overloaded"),
+    (TrimtabError, 500, "backend"),
+)
+
+
+def _errors(app: FastAPI, metrics: Metrics) -> None:
+    """Every exception as a status and TEI's body. None repeats a text of the request."""
+
+    def failed(
+        status: int, kind: str, error: str, *, code: str = "", mend: str = "", headers: dict[str, str] | None = None
+    ) -> JSONResponse:
+        metrics.failed(kind)
+        return JSONResponse(Failure(error=error, error_type=kind, code=code, mend=mend).model_dump(), status, headers)
+
+    async def ours(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, TrimtabError)
+        status, kind = next((status, kind) for one, status, kind in _STATUS if isinstance(error, one))
+        headers = {}
+        if isinstance(error, OverloadedError):
+            headers = {"retry-after": str(max(1, round(error.retry_after_s)))}
+        elif status in (503, 507):
+            headers = {"retry-after": "5"}
+        return failed(status, kind, error.what, code=error.code, mend=error.mend, headers=headers)
+
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RefusedAdapterError)
+        reason = error.reason
+        return failed(422, "validation", reason.what, code=reason.code, mend=reason.mend)
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        found: Sequence[Any] = error.errors() if hasattr(error, "errors") else ()
+        first = found[0] if found else {"loc": (), "msg": "not valid"}
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        what = f"{where}: {first['msg']}" if where else str(first["msg"])
+        if "inputs" in first["loc"]:
+            what = f'inputs: a text, ["a text"], or a batch [["first"], ["second"]]; {PAIR}.'
+        return failed(422, "validation", what.encode("utf-8", "replace").decode())
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, StarletteHTTPException)
+        kinds = {400: "empty" if error.detail == "There is no input." else "validation", 403: "forbidden"}
+        kind = kinds.get(error.status_code, "not_found" if error.status_code == 404 else "validation")
+        return failed(error.status_code, kind, str(error.detail), headers=dict(error.headers or {}))
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        return failed(500, "backend", "This is our fault; the server's log says more.")
+
+    handlers: list[tuple[type[Exception], Callable[[Request, Exception], Awaitable[Response]]]] = [
+        (TrimtabError, ours),
+        (RefusedAdapterError, refused),
+        (RequestValidationError, invalid),
+        (ValidationError, invalid),
+        (StarletteHTTPException, http),
+        (ClientGoneError, gone),
+        (Exception, bug),
+    ]
+    for kind, handler in handlers:
+        app.add_exception_handler(kind, handler)

@@ -1,0 +1,219 @@
+"""The one base that a server has in memory, and adapters as it needs them: read, checked and laid out beside it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab import adapter as adapter_folder
+from trimtab import untrusted
+from trimtab.adapter import Adapter
+from trimtab.classification import Labels
+from trimtab.config import RuntimeSettings
+from trimtab.errors import ArtefactError, BaseModelError
+from trimtab.fast import encoder as encoders
+from trimtab.fast import mixed
+from trimtab.fast.encoder import Encoder, NotSupported
+from trimtab.fast.mixed import Beside, Costs, Layout
+from trimtab.forward import fast_dtype
+from trimtab.hub import Base
+from trimtab.tokens import Tokenizer
+
+_AGAIN = "copy the whole adapter folder again"
+
+
+@dataclass(frozen=True)
+class ServedBase:
+    """A base in memory, without any adapter."""
+
+    base: Base
+    config: Mapping[str, Any]
+    """Its config.json."""
+    shapes: Mapping[str, Tensor]
+    """Its tensors by the names of its files, without their numbers."""
+    encoder: Encoder
+    dtype: torch.dtype
+    brings: tuple[str, ...]
+    """The layers of the head that stand in its files."""
+    costs: Costs
+
+    @property
+    def width(self) -> int:
+        """Numbers in the vector that the head reads."""
+        return int(self.encoder.head.dense.weight.shape[0])
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that its positions take."""
+        return len(self.encoder.embeddings.position) - self.encoder.embeddings.first_position
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it has vectors for."""
+        return len(self.encoder.embeddings.word)
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """An adapter that fits its base, before it has a place in memory."""
+
+    adapter: Adapter
+    layout: Layout
+    modules: Mapping[tuple[int, int], str]
+    tensors: Mapping[str, Tensor]
+    sha256: str
+    """Of trimtab.json, which holds the sums of the others."""
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """One version of an adapter in memory. What is computed with it stays valid until nobody holds it any more."""
+
+    name: str
+    generation: int
+    """Counts the versions of this name since the server started, from 1; 0: not in use yet."""
+    sha256: str
+    labels: Labels
+    max_length: int
+    tokenizer: Tokenizer
+    temperature: float
+    rank: int
+    variant: str
+    targets: tuple[str, ...]
+    """The weights that it stands beside."""
+    beside: Beside
+    memory: Tensor
+    """uint8[n]: its piece."""
+
+    @property
+    def version(self) -> str:
+        """Generation and sum, as answers name it."""
+        return f"{self.generation}-{self.sha256[:12]}"
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return self.memory.numel()
+
+
+def load_base(base: Base, settings: RuntimeSettings) -> ServedBase:
+    """Reads a base and measures what small products cost beside it.
+
+    Raises:
+        BaseModelError: it is not of the BERT family, which alone is served.
+        RecipeError: a dtype that this processor is slow in.
+    """
+    dtype = fast_dtype(settings)
+    try:
+        config = json.loads((base.folder / "config.json").read_bytes())
+        tensors = adapter_folder.base_tensors(base)
+        encoder = encoders.of_base(config, tensors, dtype)
+    except NotSupported as found:
+        raise BaseModelError(
+            "serve.base",
+            f"This base cannot be served: {found}.",
+            where=str(base.folder),
+            mend=f"bases of these kinds can: {', '.join(encoders.LAYOUTS)}; others answer by trimtab predict",
+        ) from None
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    width = encoder.head.dense.weight.shape[0]
+    return ServedBase(
+        base, config, shapes, encoder, dtype, encoders.brings(config, tensors), mixed.measure(width, dtype)
+    )
+
+
+def read(served: ServedBase, folder: Path, intern: Callable[[Tokenizer], Tokenizer] = lambda one: one) -> Read:
+    """Reads an adapter folder and proves that it fits the base, to the last tensor.
+
+    Args:
+        served: The base.
+        folder: The adapter's folder.
+        intern: Gives the tokenizer that is in memory already where it is the same one.
+
+    Raises:
+        ArtefactError: it is damaged, not one of ours, or for another base; it stands beside weights outside the layers.
+    """
+    described = folder / "trimtab.json"
+    sha256 = hashlib.sha256(described.read_bytes()).hexdigest() if described.is_file() else ""
+    adapter = adapter_folder.read(folder)
+    adapter = replace(adapter, tokenizer=intern(adapter.tokenizer))
+    if adapter.base["weights_sha256"] != served.base.weights_sha256:
+        raise ArtefactError(
+            "adapter.other_base",
+            f"This adapter was trained on {adapter.base['name']}, whose weights are not the base's here: sha256 "
+            f"{adapter.base['weights_sha256'][:12]}, expected {served.base.weights_sha256[:12]}.",
+            where=str(folder),
+            mend="serve it on its own base: one server for each base",
+        )
+    shape = adapter_folder.described_shape(adapter)
+    dora = adapter.lora.variant == "dora"
+    try:
+        modules = encoders.sites(served.config, served.shapes, adapter.lora.target_modules)
+        expected = encoders.adapter_shapes(served.config, served.shapes, dora=dora, **shape)
+    except (NotSupported, ValueError) as found:
+        raise ArtefactError("serve.adapter", f"This adapter cannot be served: {found}.", where=str(folder)) from None
+    _check(served, adapter, modules, folder)
+    tensors = untrusted.read_tensors(folder / untrusted.TENSORS, expected, adapter.tensors_sha256)
+    own = {name.removeprefix(encoders.PEFT): tensor for name, tensor in tensors.items()}
+    form = mixed.form_of(served.encoder, modules, adapter.lora.r, dora=dora)
+    dense, _ = encoders.LAYOUTS[served.encoder.head.kind].head
+    layout = Layout(form, served.dtype, served.width, len(adapter.labels), own_dense=dense + ".weight" in own)
+    return Read(adapter, layout, modules, own, sha256)
+
+
+def _check(served: ServedBase, adapter: Adapter, modules: Mapping[tuple[int, int], str], folder: Path) -> None:
+    """What a description claims, against what the base has, before a tensor is read."""
+    dense, out = encoders.LAYOUTS[served.encoder.head.kind].head
+    for layer in (dense, out):
+        is_own = any(layer == part or layer.startswith(part + ".") for part in adapter.head)
+        if not is_own and not (layer == dense and dense in served.brings):
+            raise ArtefactError(
+                "adapter.no_head",
+                f"This adapter has lost its answer layer: it does not hold {layer}, and the base brings none.",
+                where=str(folder),
+                mend="train it again with trimtab, or with peft and task_type=SEQ_CLS",
+            )
+    if not modules:
+        raise ArtefactError(
+            "adapter.damaged", "Its target modules are none of the base's.", where=str(folder), mend=_AGAIN
+        )
+    if adapter.max_length > served.longest:
+        raise ArtefactError(
+            "adapter.damaged",
+            f"Texts are cut at {adapter.max_length:,} tokens, and the base has no vectors for more than "
+            f"{served.longest:,}.",
+            where=str(folder),
+            mend=_AGAIN,
+        )
+
+
+def place(served: ServedBase, found: Read, name: str, memory: Tensor) -> Resident:
+    """Copies an adapter into its piece of memory.
+
+    Args:
+        served: The base.
+        found: The adapter.
+        name: What requests call it.
+        memory: uint8[found.layout.bytes].
+    """
+    adapter = found.adapter
+    beside = mixed.lay_out(served.encoder, found.layout, found.modules, found.tensors, adapter.lora.scaling, memory)
+    return Resident(
+        name=name,
+        generation=0,
+        sha256=found.sha256,
+        labels=adapter.labels,
+        max_length=adapter.max_length,
+        tokenizer=adapter.tokenizer,
+        temperature=adapter.temperature,
+        rank=adapter.lora.r,
+        variant=adapter.lora.variant,
+        targets=tuple(found.modules.values()),
+        beside=beside,
+        memory=memory,
+    )

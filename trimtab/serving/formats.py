@@ -1,0 +1,148 @@
+"""The bodies that clients send and get, of three families: TEI's, vLLM's and KServe's. Shapes alone, no work.
+
+Sources: text-embeddings-inference, `router/src/http/types.rs`; vLLM, `entrypoints/pooling/classify/protocol.py`; the
+Open Inference Protocol of KServe, version 2 (REST).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
+
+Name = Annotated[str, Field(max_length=200, description="Name of an adapter, as GET /v1/models lists it.")]
+
+
+class PredictRequest(BaseModel):
+    """TEI's body. Fields that are not known here are ignored, as TEI does."""
+
+    inputs: Annotated[
+        StrictStr | list[StrictStr] | list[list[StrictStr]],
+        Field(
+            description='A text, ["a text"], or a batch [["first"], ["second"]].',
+            examples=["What a wonderful film."],
+        ),
+    ]
+    model: Annotated[
+        Name | None, Field(description="The adapter that answers; may be left out where there is one.")
+    ] = None
+    models: Annotated[
+        list[Name] | None, Field(description="One adapter for each input of a batch, instead of `model`.")
+    ] = None
+    raw_scores: Annotated[bool, Field(description="Logits instead of probabilities.")] = False
+    top_k: Annotated[int | None, Field(ge=1, description="The best labels alone.")] = None
+    truncate: Annotated[
+        bool | None, Field(description="false refuses a text that would be cut. Else it is cut, as in training.")
+    ] = None
+    truncation_direction: Literal["right", "Right", "left", "Left"] = "right"
+
+
+class Score(BaseModel):
+    """The score of one label."""
+
+    score: float
+    label: str
+
+
+class ClassifyRequest(BaseModel):
+    """vLLM's body."""
+
+    model: Annotated[
+        Name | None, Field(description="The adapter that answers; may be left out where there is one.")
+    ] = None
+    input: Annotated[StrictStr | list[StrictStr], Field(examples=[["What a wonderful film."]])]
+
+
+class Classified(BaseModel):
+    """vLLM's answer for one text."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Usage(BaseModel):
+    """Tokens that were computed."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int = 0
+
+
+class ClassifyResponse(BaseModel):
+    """vLLM's answer."""
+
+    id: str
+    object: str = "list"
+    created: int
+    model: str
+    data: list[Classified]
+    usage: Usage
+
+
+class InferTensor(BaseModel):
+    """A tensor of the Open Inference Protocol."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: Annotated[str, Field(max_length=200)]
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=2)]
+    datatype: str
+    parameters: dict[str, Any] | None = None
+    data: list[Any]
+
+
+class InferOutput(BaseModel):
+    """A tensor that is asked for."""
+
+    name: str
+
+
+class InferRequest(BaseModel):
+    """The Open Inference Protocol's body: one BYTES tensor of texts, of any name."""
+
+    id: str | None = None
+    inputs: Annotated[
+        list[InferTensor],
+        Field(
+            min_length=1,
+            max_length=1,
+            examples=[[{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["What a wonderful film."]}]],
+        ),
+    ]
+    outputs: list[InferOutput] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class InferResponse(BaseModel):
+    """The Open Inference Protocol's answer: `label`, `score`, and `probs` whose columns `labels` names."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[InferTensor]
+
+
+class PutAdapter(BaseModel):
+    """What to serve under a name."""
+
+    folder: Annotated[
+        str | None, Field(max_length=200, description="A folder of --adapter-dir; left out: the one of that name.")
+    ] = None
+    pin: bool | None = None
+    if_generation: Annotated[
+        int | None, Field(ge=0, description="Only if the adapter is in this generation; 0: only if there is none.")
+    ] = None
+
+
+class PatchAdapter(BaseModel):
+    """What to change of an adapter."""
+
+    pin: bool
+
+
+class Failure(BaseModel):
+    """TEI's error, with the code and the mend that our other commands have."""
+
+    error: str
+    error_type: str
+    code: str = ""
+    mend: str = ""

@@ -1,0 +1,169 @@
+"""Routes that list adapters and change them."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi.responses import JSONResponse
+
+from trimtab.errors import DataError, ResourceError, TrimtabError
+from trimtab.serving import uploads
+from trimtab.serving.access import Token
+from trimtab.serving.formats import Failure, PatchAdapter, PutAdapter
+from trimtab.serving.predicting import AdapterName
+from trimtab.serving.service import Service
+from trimtab.serving.store import GenerationError, Status, UnknownAdapterError
+
+
+def listing(app: FastAPI, service: Service) -> None:
+    """Routes that tell which adapters there are."""
+    store = service.store
+    Limit = Annotated[int, Query(ge=1, le=1_000)]
+    After = Annotated[str, Query(max_length=200, description="Begin after this name.")]
+
+    def visible(request: Request, after: str, limit: int) -> tuple[list[str], bool]:
+        caller: Token = request.state.caller
+        names = [name for name in store.names() if name > after and caller.may_ask(name)]
+        return names[:limit], len(names) > limit
+
+    def known(request: Request, adapter: str) -> Status:
+        if not request.state.caller.may_ask(adapter):
+            raise HTTPException(403, "This token may not ask this adapter.")
+        return store.status(adapter)
+
+    @app.get("/v1/models", tags=["adapters"], summary="OpenAI's list of models")
+    async def models(request: Request, after: After = "", limit: Limit = 1_000) -> dict[str, Any]:
+        names, more = visible(request, after, limit)
+        root = service.store.served.base.recorded_as
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "trimtab", "parent": root} for name in names]
+        return {"object": "list", "data": data, "has_more": more, "last_id": names[-1] if names else None}
+
+    @app.get("/v1/models/{adapter}", tags=["adapters"], summary="OpenAI's model")
+    async def model(request: Request, adapter: AdapterName) -> dict[str, Any]:
+        status = known(request, adapter)
+        root = service.store.served.base.recorded_as
+        return {"id": status.name, "object": "model", "created": 0, "owned_by": "trimtab", "parent": root}
+
+    @app.get("/v1/adapters", tags=["adapters"], summary="Adapters with state, version and memory")
+    async def adapters(request: Request, after: After = "", limit: Limit = 1_000) -> dict[str, Any]:
+        names, more = visible(request, after, limit)
+        found = []
+        for name in names:
+            with suppress(UnknownAdapterError):  # removed in this very moment
+                found.append(asdict(store.status(name)))
+        return {"adapters": found, "has_more": more, "last": names[-1] if names else None, **store.totals()}
+
+    @app.get("/v1/adapters/{adapter}", tags=["adapters"], summary="One adapter")
+    async def adapter_(request: Request, adapter: AdapterName) -> dict[str, Any]:
+        return asdict(known(request, adapter))
+
+    @app.get("/v2/models/{adapter}", tags=["adapters"], summary="KServe's metadata of a model")
+    async def metadata(request: Request, adapter: AdapterName) -> dict[str, Any]:
+        status = known(request, adapter)
+        return {
+            "name": status.name,
+            "versions": [status.version] if status.version else [],
+            "platform": "trimtab",
+            "inputs": [{"name": "text", "datatype": "BYTES", "shape": [-1]}],
+            "outputs": [
+                {"name": "label", "datatype": "BYTES", "shape": [-1]},
+                {"name": "score", "datatype": "FP32", "shape": [-1]},
+                {"name": "probs", "datatype": "FP32", "shape": [-1, len(status.labels) or -1]},
+            ],
+        }
+
+    @app.get("/v2/models/{adapter}/ready", tags=["adapters"], summary="Whether a model can be asked")
+    async def model_ready(request: Request, adapter: AdapterName) -> JSONResponse:
+        status = known(request, adapter)
+        ready = status.state != "failed"
+        return JSONResponse({"name": status.name, "ready": ready}, 200 if ready else 503)
+
+
+def changing(app: FastAPI, service: Service, directory: Path | None) -> None:
+    """Routes that change adapters."""
+    store = service.store
+
+    def allowed(request: Request, adapter: str) -> None:
+        caller: Token = request.state.caller
+        if not caller.admin or not caller.may_ask(adapter):
+            raise HTTPException(403, "This token may not change this adapter.")
+
+    @app.put(
+        "/v1/adapters/{adapter}",
+        tags=["admin"],
+        summary="Serve a folder of --adapter-dir, or an upload (multipart/form-data), under a name",
+        openapi_extra={
+            "requestBody": {
+                "content": {
+                    "application/json": {"schema": PutAdapter.model_json_schema()},
+                    "multipart/form-data": {
+                        "schema": {
+                            "type": "object",
+                            "properties": {
+                                "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                                "pin": {"type": "boolean"},
+                                "if_generation": {"type": "integer"},
+                            },
+                        }
+                    },
+                }
+            }
+        },
+        responses={412: {"model": Failure}, 413: {"model": Failure}, 507: {"model": Failure}},
+    )
+    async def put(request: Request, adapter: AdapterName) -> dict[str, Any]:
+        allowed(request, adapter)
+        if directory is None:
+            raise DataError("serve.directory", "This server has no --adapter-dir, so nothing can be added to it.")
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            form = await request.form(max_files=16, max_fields=16)
+            said = PutAdapter.model_validate({key: form[key] for key in ("pin", "if_generation") if key in form})
+            files = [one for one in form.getlist("files") if not isinstance(one, str)]
+            contents = {str(one.filename): await one.read() for one in files}
+            change: Callable[[], object] = lambda: uploads.put(  # noqa: E731
+                store, directory, adapter, contents, if_generation=said.if_generation
+            )
+        else:
+            said = PutAdapter.model_validate_json(await request.body() or b"{}")
+            change = lambda: store.replace(  # noqa: E731
+                adapter, uploads.inside(directory, said.folder or adapter), if_generation=said.if_generation
+            )
+        await asyncio.get_running_loop().run_in_executor(None, _as_admin, change)
+        if said.pin is not None:
+            store.pin(adapter, said.pin)
+        return asdict(store.status(adapter))
+
+    @app.patch("/v1/adapters/{adapter}", tags=["admin"], summary="Pin or unpin")
+    async def patch(request: Request, adapter: AdapterName, body: PatchAdapter) -> dict[str, Any]:
+        allowed(request, adapter)
+        store.pin(adapter, body.pin)
+        return asdict(store.status(adapter))
+
+    @app.delete("/v1/adapters/{adapter}", tags=["admin"], summary="Forget an adapter; its folder stays")
+    async def delete(
+        request: Request, adapter: AdapterName, if_generation: Annotated[int | None, Query(ge=0)] = None
+    ) -> dict[str, Any]:
+        allowed(request, adapter)
+        store.remove(adapter, if_generation=if_generation)
+        return {"name": adapter, "deleted": True}
+
+
+class RefusedAdapterError(Exception):
+    """An adapter that was to be put in place and cannot be."""
+
+    def __init__(self, reason: TrimtabError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def _as_admin(change: Callable[[], object]) -> None:
+    try:
+        change()
+    except (GenerationError, ResourceError):
+        raise
+    except TrimtabError as error:
+        raise RefusedAdapterError(error) from None

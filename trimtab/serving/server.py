@@ -1,0 +1,311 @@
+"""`trimtab serve`: options -> store, engine, application -> a server that starts, answers, and stops in good order."""
+
+import asyncio
+import logging
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from trimtab import adapter as adapter_folder
+from trimtab.config import RuntimeSettings
+from trimtab.device import place
+from trimtab.errors import ArtefactError, RecipeError, ResourceError, TrimtabError, some
+from trimtab.hub import Base, find_base
+from trimtab.machine import available_memory
+from trimtab.rundir import adapter_in
+from trimtab.serving import access
+from trimtab.serving.app import Manners, build
+from trimtab.serving.base import load_base
+from trimtab.serving.engine import Engine
+from trimtab.serving.engine import Limits as QueueLimits
+from trimtab.serving.guard import Limits, State
+from trimtab.serving.service import Service
+from trimtab.serving.store import NAME, Store, folders
+from trimtab.serving.watch import Watch
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `trimtab serve` was told."""
+
+    adapters: tuple[str, ...] = ()
+    """Runs or adapter folders, each as PATH or NAME=PATH."""
+    directory: str | None = None
+    base: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8080
+    tokens: str | None = None
+    insecure: bool = False
+    """Whether another address than this machine's own may be served without tokens."""
+    admin: bool = False
+    memory: str | None = None
+    """For adapters, such as 4GB; None: half of what is free."""
+    watch_s: float = 5.0
+    """How often the directory is looked at; 0: never."""
+    drain_s: float = 30.0
+    queue: QueueLimits = field(default_factory=QueueLimits)
+    limits: Limits = field(default_factory=Limits)
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+
+
+def serve(options: Options, say: Callable[[str], None]) -> None:
+    """Serves until a signal asks to stop; then what was accepted is answered.
+
+    Args:
+        options: What to serve, and how.
+        say: Receives lines for people.
+
+    Raises:
+        TrimtabError: what was asked for cannot be served; nothing was opened.
+    """
+    manners = _manners(options)
+    named = _named(options.adapters)
+    directory = None if options.directory is None else _directory(options.directory)
+    listening = _listen(options.host, options.port)
+    try:
+        placement = place(options.runtime)
+        served = load_base(_base(options.base, named, directory), options.runtime)
+        how = f"{served.config['model_type']}, {str(served.dtype)[6:]}, {placement.threads} threads"
+        say(f"base      {served.base.name} ({how})")
+        store = Store(served, _bytes(options.memory))
+        for name, folder in named.items():
+            store.replace(name, folder)
+        watch = None
+        if directory is not None:
+            watch = Watch(store, directory, say)
+            watch.first_look()
+            if options.watch_s:
+                watch.start(options.watch_s)
+        totals = store.totals()
+        say(
+            f"adapters  {totals['registered']:,} ({totals['resident']:,} in memory, the others when asked for), "
+            f"{store.budget_bytes / 1e9:.1f} GB for them"
+        )
+        service, state = Service(store, Engine(served, options.queue)), State()
+        port = listening.getsockname()[1]
+        host = f"[{options.host}]" if ":" in options.host else options.host
+
+        def ready() -> None:
+            state.is_ready = True
+            say(f"ready     http://{host}:{port}   (page at /, API at /docs; Ctrl-C stops)")
+
+        server = _Server(_config(build(service, manners, state, directory), options), state, ready)
+        asyncio.run(server.serve(sockets=[listening]))
+        if watch is not None:
+            watch.stop()
+        done = service.close(options.drain_s)
+        say("stopped; all that was accepted has been answered" if done else "stopped; some requests were not answered")
+    finally:
+        listening.close()
+
+
+# -- what was asked for ----------------------------------------------------------------------------------------------
+
+
+def _manners(options: Options) -> Manners:
+    """Tokens, limits and the names that the server goes by.
+
+    Raises:
+        RecipeError: an address that others can reach, with neither tokens nor the explicit word that none are wanted.
+    """
+    tokens = () if options.tokens is None else access.read(Path(options.tokens))
+    is_local = options.host in _LOOPBACK
+    if not is_local and not tokens and not options.insecure:
+        raise RecipeError(
+            "serve.open",
+            f"On {options.host} others can reach this server, and no token keeps them out.",
+            where="--host",
+            mend="--tokens FILE with a token for each caller; or, where something else guards it, --insecure-no-auth",
+        )
+    hosts = Manners.hosts if is_local else ("*",)
+    return Manners(tokens=tokens, hosts=hosts, admin=options.admin, limits=options.limits)
+
+
+def _named(adapters: Sequence[str]) -> dict[str, Path]:
+    """The adapters of the command line by name: what stands before =, else the last part of the path."""
+    named: dict[str, Path] = {}
+    for said in adapters:
+        given, _, path = said.rpartition("=")
+        name = given or next((part for part in reversed(Path(path).parts) if part != "adapter"), "")
+        if not NAME.fullmatch(name):
+            raise RecipeError(
+                "serve.name",
+                f"{name!r} cannot be the name of an adapter: letters, digits, dot, underscore and hyphen.",
+                where=said,
+                mend=f"a name of your own: my-adapter={path}",
+            )
+        if name in named:
+            raise RecipeError(
+                "serve.name", f'Two adapters are called "{name}".', where=said, mend=f"a name for each: {name}-2={path}"
+            )
+        named[name] = adapter_in(path)
+    return named
+
+
+def _directory(said: str) -> Path:
+    path = Path(said)
+    if not path.is_dir():
+        raise RecipeError(
+            "serve.directory", "The adapter directory is not there.", where=said, mend=f"mkdir {said}, or another path"
+        )
+    return path.resolve()
+
+
+def _base(said: str | None, named: dict[str, Path], directory: Path | None) -> Base:
+    """The base as given, else the one of the first adapter that knows it.
+
+    Raises:
+        RecipeError: there is nothing to tell which one.
+        TrimtabError: it is not there, or no adapter can be read.
+    """
+    if said is not None:
+        return find_base(said)
+    places = (
+        [*named.values(), *(folder for _, folder in sorted(folders(directory)))] if directory else [*named.values()]
+    )
+    problems: list[TrimtabError] = []
+    for folder in places:
+        try:
+            return adapter_folder.locate_base(adapter_folder.read(folder))
+        except TrimtabError as error:
+            if folder in named.values():
+                raise
+            problems.append(error)
+    if problems:
+        raise ArtefactError(
+            "serve.base",
+            f"None of {len(problems)} adapters tells the base: {some(error.what for error in problems[:2])}",
+            where=str(directory),
+            mend="--base BASE",
+        )
+    raise RecipeError(
+        "serve.base",
+        "There is no adapter yet to tell the base." if directory else "There is nothing to serve.",
+        where="trimtab serve",
+        mend="--base BASE" if directory else "trimtab serve runs/latest, or --adapter-dir DIR",
+    )
+
+
+def _bytes(said: str | None) -> int:
+    """A size such as 4GB or 800MB; None: half of the memory that is free."""
+    if said is None:
+        return available_memory() // 2
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])i?B?", said.strip(), re.IGNORECASE)
+    if found is None:
+        raise RecipeError("serve.memory", f'"{said}" is no size.', where="--memory", mend="--memory 4GB or 800MB")
+    return int(float(found.group(1)) * {"K": 1e3, "M": 1e6, "G": 1e9}[found.group(2).upper()])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, taken before the base is read: a port in use should not cost a minute."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ResourceError(
+            "serve.port",
+            f"Nothing can listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}.",
+            where="--port",
+            mend="--port 0 takes any that is free",
+        ) from None
+    return listening
+
+
+# -- the server ------------------------------------------------------------------------------------------------------
+
+
+def _config(app: Any, options: Options) -> uvicorn.Config:
+    _Protocol.receive_s = options.limits.receive_s
+    # What the application logs is our fault and never a request's text.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    return uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(options.drain_s)),
+        h11_max_incomplete_event_size=options.limits.header_bytes,
+        backlog=1_024,
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which is not ready at the first signal and ends with 0: to be stopped is no failure."""
+
+    def __init__(self, config: uvicorn.Config, state: State, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.state, self._ready = state, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen, and says so."""
+        await super().startup(sockets)
+        self._ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals set `should_exit`; uvicorn's own version would raise them again at the end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _stop(self) -> None:
+        self.state.is_draining = True
+        if self.should_exit:
+            self.force_exit = True  # the second signal
+        self.should_exit = True
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's protocol, which gives a client so long to send a request, from its first byte to its last."""
+
+    receive_s = 10.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A connection that says nothing is closed too."""
+        super().connection_made(transport)
+        self._waiting: asyncio.TimerHandle | None = None
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a request."""
+        super().data_received(data)
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            self._wait()
+        else:
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(self.receive_s, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None

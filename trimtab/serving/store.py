@@ -1,0 +1,457 @@
+"""Adapters by name: registered, in memory, pinned or evicted, replaced while requests run.
+
+A name is registered with its folder and costs a few hundred bytes until somebody asks for it; then a thread of its own
+reads it, and nobody else waits. What is least recently used makes room, within a budget of bytes. A version stays in
+memory as long as a request holds it, whatever becomes of its name: replacing is one assignment, and a new version that
+cannot be read leaves the old one where it is.
+"""
+
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from trimtab.errors import ArtefactError, ResourceError, TrimtabError
+from trimtab.serving.base import Resident, ServedBase, place, read
+from trimtab.serving.memory import Pieces
+from trimtab.tokens import Tokenizer
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What an adapter may be called: it stands in addresses, headers and folders."""
+
+Stamp = tuple[tuple[int, int, int], ...]
+"""What changes when a folder's files do: inode, time and size of each."""
+
+
+class UnknownAdapterError(ArtefactError):
+    """No adapter has this name. Never answered by the base or by another adapter."""
+
+
+class GenerationError(ArtefactError):
+    """The adapter is not in the version that the caller expects."""
+
+
+@dataclass
+class _Entry:
+    """What is known of a name. Changed under the store's lock alone."""
+
+    name: str
+    folder: Path
+    stamp: Stamp
+    generation: int = 0
+    resident: Resident | None = None
+    failed: TrimtabError | None = None
+    """Why its newest version cannot be used; an older one may be in memory nevertheless."""
+    failed_at: float = 0.0
+    loading: "Future[Resident] | None" = None
+    reading: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a version is read, so that the last to be asked for is the last to be in place."""
+    pinned: bool = False
+    hits: int = 0
+    last_used: float = 0.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the outside sees of an adapter."""
+
+    name: str
+    state: str
+    """registered, loading, resident or failed"""
+    generation: int
+    version: str
+    pinned: bool
+    hits: int
+    last_used: float
+    """Seconds since 1970; 0: never."""
+    bytes: int
+    rank: int
+    variant: str
+    targets: tuple[str, ...]
+    labels: tuple[str, ...]
+    reason: str
+    """Why the newest version cannot be used; empty where it can."""
+
+
+@dataclass
+class Counts:
+    """What has happened since the start."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    loads: int = 0
+    load_seconds: float = 0.0
+    failures: dict[str, int] = field(default_factory=dict)
+    """By the error's code."""
+
+
+class Store:
+    """The adapters of one server. Every method may be called from any thread."""
+
+    def __init__(self, served: ServedBase, budget_bytes: int, loaders: int = 2) -> None:
+        self.served = served
+        self.budget_bytes = budget_bytes
+        self.counts = Counts()
+        self.directory_lock = threading.Lock()
+        """Held while folders of the adapter directory are exchanged, and while it is looked through."""
+        self._pieces = Pieces()
+        self._lock = threading.Lock()
+        self._entries: dict[str, _Entry] = {}
+        self._recent: OrderedDict[str, None] = OrderedDict()
+        """Names with an evictable version in memory, the least recently used first."""
+        self._holders: dict[int, tuple[Resident, int]] = {}
+        """Of each version that requests hold: how many. By id: a version equals itself alone."""
+        self._bytes = 0
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._loaders = ThreadPoolExecutor(loaders, thread_name_prefix="load")
+
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    def register(self, name: str, folder: Path) -> None:
+        """Makes a name known without reading its files. A name that is known gets a new version, read when asked for.
+
+        Raises:
+            ArtefactError: it cannot be a name.
+        """
+        check_name(name)
+        found = stamp(folder)
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                self._entries[name] = _Entry(name, folder, found)
+            else:
+                entry.folder, entry.stamp, entry.failed = folder, found, None
+                self._drop(entry)
+
+    def replace(self, name: str, folder: Path, *, if_generation: int | None = None) -> Resident:
+        """Reads a folder and makes it the version of a name at once; what is there stays where it cannot be read.
+
+        Raises:
+            ArtefactError: the folder cannot be used; the name keeps its version.
+            GenerationError: the name is not in the generation that was expected; 0 expects no such name.
+            ResourceError: it does not fit the memory budget.
+        """
+        check_name(name)
+        with self._lock:
+            entry = self._entries.get(name)
+            self._check_generation(entry, name, if_generation)
+            is_new = entry is None
+            if entry is None:
+                entry = self._entries[name] = _Entry(name, folder, ())
+        try:
+            return self._load(entry, folder)
+        except TrimtabError:
+            with self._lock:
+                if is_new and entry.resident is None and self._entries.get(name) is entry:
+                    del self._entries[name]
+            raise
+
+    def remove(self, name: str, *, if_generation: int | None = None) -> None:
+        """Forgets a name. Requests that hold its version are answered.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+            GenerationError: it is not in the generation that was expected.
+        """
+        with self._lock:
+            entry = self._known(name)
+            self._check_generation(entry, name, if_generation)
+            self._drop(entry)
+            del self._entries[name]
+
+    def pin(self, name: str, pinned: bool) -> None:
+        """Keeps an adapter in memory from its next use on, or no longer.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+        """
+        with self._lock:
+            entry = self._known(name)
+            entry.pinned = pinned
+            self._recent.pop(name, None)
+            if entry.resident and not pinned:
+                self._recent[name] = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def stamp_of(self, name: str) -> Stamp | None:
+        """What the files were like that are in use under a name; None where there is no such name."""
+        with self._lock:
+            entry = self._entries.get(name)
+            return entry.stamp if entry else None
+
+    def check_generation(self, name: str, expected: int | None) -> None:
+        """Raises a GenerationError where a name is not in the generation that was expected."""
+        with self._lock:
+            self._check_generation(self._entries.get(name), name, expected)
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        with self._lock:
+            return sorted(self._entries)
+
+    def status(self, name: str) -> Status:
+        """What is known of one adapter.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+        """
+        with self._lock:
+            entry = self._known(name)
+            held = entry.resident
+            state = "resident" if held else "loading" if entry.loading else "failed" if entry.failed else "registered"
+            return Status(
+                name=name,
+                state=state,
+                generation=entry.generation,
+                version=held.version if held else "",
+                pinned=entry.pinned,
+                hits=entry.hits,
+                last_used=entry.last_used,
+                bytes=held.bytes if held else 0,
+                rank=held.rank if held else 0,
+                variant=held.variant if held else "",
+                targets=held.targets if held else (),
+                labels=held.labels.values if held else (),
+                reason=str(entry.failed) if entry.failed else "",
+            )
+
+    def totals(self) -> dict[str, int]:
+        """How many adapters are registered, resident and pinned, and the bytes of all versions in memory."""
+        with self._lock:
+            entries = self._entries.values()
+            return {
+                "registered": len(entries),
+                "resident": sum(entry.resident is not None for entry in entries),
+                "pinned": sum(entry.pinned for entry in entries),
+                "bytes": self._bytes,
+            }
+
+    # -- versions in memory ----------------------------------------------------------------------------------------
+
+    def hold(self, name: str) -> "Future[Resident]":
+        """The version that a request is to be answered with; `release` it afterwards.
+
+        A future, so that one who waits for a file keeps nobody else waiting.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+        """
+        with self._lock:
+            entry = self._known(name)
+            entry.hits += 1
+            entry.last_used = time.time()
+            if entry.resident is not None:
+                self.counts.hits += 1
+                if name in self._recent:
+                    self._recent.move_to_end(name)
+                done: Future[Resident] = Future()
+                done.set_result(self._held(entry.resident))
+                return done
+            self.counts.misses += 1
+            if entry.loading is None:
+                if entry.failed is not None and time.monotonic() - entry.failed_at < _RETRY_S:
+                    failed: Future[Resident] = Future()
+                    failed.set_exception(entry.failed)
+                    return failed
+                entry.loading = self._loaders.submit(self._load, entry)
+            loading, mine = entry.loading, Future[Resident]()
+        loading.add_done_callback(lambda found: self._hand_over(entry, found, mine))
+        return mine
+
+    def release(self, resident: Resident) -> None:
+        """Ends a `hold`."""
+        with self._lock:
+            _, count = self._holders[id(resident)]
+            if count > 1:
+                self._holders[id(resident)] = (resident, count - 1)
+                return
+            del self._holders[id(resident)]
+            entry = self._entries.get(resident.name)
+            if entry is None or entry.resident is not resident:
+                self._free(resident)
+
+    def close(self) -> None:
+        """Waits for what is being read."""
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _known(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise UnknownAdapterError(
+                "serve.unknown_adapter",
+                f'There is no adapter "{name[:100]}" here.',  # no "did you mean": names are other people's secrets
+                mend="GET /v1/models lists them",
+            )
+        return self._entries[name]
+
+    def _check_generation(self, entry: _Entry | None, name: str, expected: int | None) -> None:
+        found = entry.generation if entry else 0
+        if expected is not None and found != expected:
+            raise GenerationError(
+                "serve.generation",
+                f'"{name}" is in generation {found}, expected {expected}.',
+                mend=f"GET /v1/adapters/{name}, and decide again",
+            )
+
+    def _held(self, resident: Resident) -> Resident:
+        _, count = self._holders.get(id(resident), (resident, 0))
+        self._holders[id(resident)] = (resident, count + 1)
+        return resident
+
+    def _hand_over(self, entry: _Entry, found: "Future[Resident]", mine: "Future[Resident]") -> None:
+        """Gives a version that has been read to one who waits, if nobody evicted it meanwhile; else asks again."""
+        if not mine.set_running_or_notify_cancel():
+            return
+        if found.cancelled() or found.exception() is not None:
+            error = ArtefactError("serve.stopping", "The server stops.") if found.cancelled() else found.exception()
+            mine.set_exception(error)
+            return
+        with self._lock:
+            resident = found.result()
+            if entry.resident is resident or id(resident) in self._holders:
+                mine.set_result(self._held(resident))
+                return
+        try:
+            self.hold(entry.name).add_done_callback(lambda again: _copy(again, mine))
+        except UnknownAdapterError as error:
+            mine.set_exception(error)
+
+    def _load(self, entry: _Entry, folder: Path | None = None) -> Resident:
+        """Reads a folder, else the entry's own, and makes it the entry's version."""
+        with entry.reading:
+            begin, folder = time.monotonic(), folder or entry.folder
+            try:
+                before = stamp(folder)
+                resident = self._read(entry, folder)
+            except TrimtabError as error:
+                with self._lock:
+                    if isinstance(error, ArtefactError):  # that there is no room now says nothing of its files
+                        entry.failed, entry.failed_at = error, time.monotonic()
+                    self.counts.failures[error.code] = self.counts.failures.get(error.code, 0) + 1
+                raise
+            finally:
+                with self._lock:
+                    entry.loading = None
+            with self._lock:
+                self._drop(entry)
+                entry.folder, entry.stamp, entry.failed = folder, before, None
+                entry.generation += 1
+                entry.resident = resident = replace(resident, generation=entry.generation)
+                self.counts.loads += 1
+                self.counts.load_seconds += time.monotonic() - begin
+                if self._entries.get(entry.name) is not entry:  # removed meanwhile
+                    self._drop(entry)
+                elif not entry.pinned:
+                    self._recent[entry.name] = None
+            return resident
+
+    def _read(self, entry: _Entry, folder: Path) -> Resident:
+        try:
+            found = read(self.served, folder, self._intern)
+        except OSError as error:
+            if isinstance(error, TrimtabError):
+                raise
+            raise _unreadable(error, folder) from None
+        piece = self._make_room(found.layout.bytes, entry)
+        try:
+            return place(self.served, found, entry.name, piece)
+        except BaseException:
+            with self._lock:
+                self._bytes -= piece.numel()
+            self._pieces.give_back(piece)
+            raise
+
+    def _make_room(self, size: int, wanted_by: _Entry) -> Tensor:
+        """A piece within the budget; what is least recently used and in nobody's hands goes."""
+        with self._lock:
+            for name in list(self._recent):
+                if self._bytes + size <= self.budget_bytes:
+                    break
+                entry = self._entries[name]
+                if entry.resident and id(entry.resident) not in self._holders and entry is not wanted_by:
+                    self._drop(entry)
+                    self.counts.evictions += 1
+            if self._bytes + size > self.budget_bytes:
+                raise ResourceError(
+                    "serve.memory",
+                    f"No room for an adapter of {size:,} bytes: {self._bytes:,} of {self.budget_bytes:,} are in use, "
+                    "by adapters that are pinned or that requests hold.",
+                    mend="try again, unpin some, or serve with more: --memory 4GB",
+                )
+            self._bytes += size
+            return self._pieces.take(size)
+
+    def _drop(self, entry: _Entry) -> None:
+        """Takes the version of a name out of use; its memory is free once nobody holds it."""
+        self._recent.pop(entry.name, None)
+        resident, entry.resident = entry.resident, None
+        if resident is not None and id(resident) not in self._holders:
+            self._free(resident)
+
+    def _free(self, resident: Resident) -> None:
+        self._bytes -= resident.bytes
+        self._pieces.give_back(resident.memory)
+
+    def _intern(self, tokenizer: Tokenizer) -> Tokenizer:
+        """One object for all adapters with the same tokenizer: its text alone can be 17 MB."""
+        with self._lock:
+            return self._tokenizers.setdefault(f"{tokenizer.sha256} {tokenizer.pad_id}", tokenizer)
+
+
+_RETRY_S = 5.0  # a folder that could not be read is not read again at every request
+
+
+def check_name(name: str) -> None:
+    """Raises an ArtefactError where a string cannot be the name of an adapter."""
+    if not NAME.fullmatch(name):
+        raise ArtefactError(
+            "serve.name",
+            f"{name[:100]!r} cannot be the name of an adapter.",
+            mend="letters, digits, dot, underscore and hyphen, beginning with a letter or a digit; at most 100",
+        )
+
+
+def stamp(folder: Path) -> Stamp:
+    """What changes when the files of a folder do; empty where there is nothing to read."""
+    found = []
+    for name in (".", "trimtab.json", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
+        with suppress(OSError):
+            one = os.stat(folder / name)
+            found.append((one.st_ino, one.st_mtime_ns, one.st_size))
+    return tuple(found)
+
+
+def folders(directory: Path) -> Iterator[tuple[str, Path]]:
+    """The adapters of a directory by name: its folders, but for those that begin with a dot or lead out of it."""
+    with os.scandir(directory) as found:
+        for item in found:
+            if NAME.fullmatch(item.name) and item.is_dir() and not item.is_symlink():
+                yield item.name, Path(item.path)
+
+
+def _unreadable(error: OSError, folder: Path) -> ArtefactError:
+    return ArtefactError(
+        "adapter.unreadable",
+        f"{error.strerror or error}.",
+        where=str(error.filename or folder),
+        mend="see to it that the folder is there and can be read",
+    )
+
+
+def _copy(found: "Future[Resident]", into: "Future[Resident]") -> None:
+    if (error := found.exception()) is not None:
+        into.set_exception(error)
+    else:
+        into.set_result(found.result())

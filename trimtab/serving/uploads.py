@@ -1,0 +1,89 @@
+"""Adapters that come by HTTP: into a folder of the adapter directory, checked before they take a name."""
+
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from trimtab import durable
+from trimtab.errors import DataError, ResourceError, TrimtabError
+from trimtab.serving.base import Resident, read
+from trimtab.serving.store import Store, check_name
+
+FILES = frozenset(
+    {
+        *("adapter_config.json", "adapter_model.safetensors", "trimtab.json", "tokenizer.json"),
+        *("tokenizer_config.json", "special_tokens_map.json", "README.md"),
+    }
+)
+"""What an adapter folder may hold; anything else is refused by its name, before a byte is written."""
+
+
+def inside(directory: Path, name: str) -> Path:
+    """A folder of the adapter directory by its name; never one outside, whatever the name says.
+
+    Raises:
+        TrimtabError: it cannot be a name, or there is no such folder.
+    """
+    check_name(name)
+    folder = directory / name
+    if folder.is_symlink() or not folder.is_dir():
+        raise DataError("serve.folder", f'There is no folder "{name}" in the adapter directory.', mend="copy it there")
+    return folder
+
+
+def put(
+    store: Store, directory: Path, name: str, contents: Mapping[str, bytes], *, if_generation: int | None = None
+) -> Resident:
+    """Writes files as the folder of a name and serves it; what was there stays where they cannot be used.
+
+    Args:
+        store: Where it will be served.
+        directory: The adapter directory.
+        name: The adapter's name.
+        contents: The bytes of each file by its name.
+        if_generation: Only if the name is in this generation.
+
+    Raises:
+        TrimtabError: a file that does not belong there, an adapter that cannot be used, a full disk.
+    """
+    check_name(name)
+    if strange := sorted(set(contents) - FILES):
+        raise DataError(
+            "serve.upload",
+            f"{strange[0][:100]!r} is no file of an adapter.",
+            mend=f"send each as a part called files: {', '.join(sorted(FILES))}",
+        )
+    store.check_generation(name, if_generation)
+    draft, old = (directory / f".{kind}-{uuid.uuid4().hex}" for kind in ("new", "old"))
+    target = directory / name
+    try:
+        try:
+            draft.mkdir()
+            for file, data in contents.items():
+                durable.write_bytes(draft / file, data)
+            durable.sync_folder(draft)
+        except OSError as error:
+            raise ResourceError(
+                "serve.disk", f"The upload cannot be written: {error.strerror}.", mend="make room on the server"
+            ) from None
+        read(store.served, draft)
+        with store.directory_lock:
+            if target.is_symlink():
+                raise DataError("serve.folder", f'"{name}" is a link in the adapter directory.', mend="remove it there")
+            if target.exists():
+                target.rename(old)
+            try:
+                draft.rename(target)
+            except OSError:
+                old.rename(target)
+                raise
+            durable.sync_folder(directory)
+            return store.replace(name, target, if_generation=if_generation)
+    except OSError as error:
+        if isinstance(error, TrimtabError):
+            raise
+        raise ResourceError("serve.disk", f"{error.strerror}.", mend="see to the adapter directory") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
