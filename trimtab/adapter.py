@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,8 +155,13 @@ def probe(forward: Forward, tokenizer: Tokenizer, max_length: int) -> npt.NDArra
     return compute_logits(forward, tokens.encode(PROBES, tokenizer, max_length))
 
 
-def read(folder: Path) -> Adapter:
+def read(folder: Path, tokenizers: MutableMapping[tuple[str, int], Tokenizer] | None = None) -> Adapter:
     """Reads an adapter folder.
+
+    Args:
+        folder: Where it is.
+        tokenizers: Those that are in memory already, by the sha256 of their text and their pad id. What the adapter
+            says it was trained with is taken from there, unread, else read and put there.
 
     Raises:
         ArtefactError: it is not one of ours, is incomplete, or has a newer schema.
@@ -188,11 +193,15 @@ def read(folder: Path) -> Adapter:
             raise ValueError(f"max_length {preprocessing['max_length']} cannot be")
         if not 0 <= int(preprocessing["pad_id"]) < 1 << 31:
             raise ValueError(f"pad_id {preprocessing['pad_id']} cannot be")
+        pad_id, known = int(preprocessing["pad_id"]), {} if tokenizers is None else tokenizers
+        key = (str(preprocessing["tokenizer_sha256"]), pad_id)
+        if key not in known:
+            known[key] = tokens.load(folder, pad_id, key[0])
         adapter = Adapter(
             folder=folder,
             labels=Labels(values, names),
             max_length=int(preprocessing["max_length"]),
-            tokenizer=tokens.load(folder, int(preprocessing["pad_id"]), preprocessing["tokenizer_sha256"]),
+            tokenizer=known[key],
             base={key: str(meta["base"][key]) for key in ("name", "hub_id", "weights_sha256", "tokenizer_sha256")},
             lora=described_lora(config),
             head=_modules("head", meta["head"]),

@@ -111,7 +111,7 @@ class Store:
         self._holders: dict[int, tuple[Resident, int]] = {}
         """Of each version that requests hold: how many. By id: a version equals itself alone."""
         self._bytes = 0
-        self._tokenizers: dict[str, Tokenizer] = {}
+        self._tokenizers: dict[tuple[str, int], Tokenizer] = {}
         self._loaders = ThreadPoolExecutor(loaders, thread_name_prefix="load")
 
     # -- names ---------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ class Store:
 
     def _read(self, entry: _Entry, folder: Path) -> Resident:
         try:
-            found = read(self.served, folder, self._intern)
+            found = read(self.served, folder, self._tokenizers)
         except OSError as error:
             if isinstance(error, TrimtabError):
                 raise
@@ -403,11 +403,6 @@ class Store:
     def _free(self, resident: Resident) -> None:
         self._bytes -= resident.bytes
         self._pieces.give_back(resident.memory)
-
-    def _intern(self, tokenizer: Tokenizer) -> Tokenizer:
-        """One object for all adapters with the same tokenizer: its text alone can be 17 MB."""
-        with self._lock:
-            return self._tokenizers.setdefault(f"{tokenizer.sha256} {tokenizer.pad_id}", tokenizer)
 
 
 _RETRY_S = 5.0  # a folder that could not be read is not read again at every request
