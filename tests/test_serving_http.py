@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -521,25 +521,27 @@ def test_a_deadline_that_cannot_be_met_is_504(server: Server) -> None:
 
 
 def test_who_went_away_is_not_computed(server: Server) -> None:
-    def dropped() -> float:
-        return float(
-            re.search(r"^te_rows_dropped_total (\S+)", server.ask("GET", "/metrics")[1], re.MULTILINE).group(1)
-        )  # type: ignore[union-attr]
+    def figure(name: str) -> float:
+        found = re.search(rf"^{name} (\S+)", server.ask("GET", "/metrics")[1], re.MULTILINE)
+        assert found
+        return float(found.group(1))
 
-    before, body = dropped(), json.dumps({"inputs": [[TEXTS[2]]] * 250, "model": "reviews"}).encode()
+    def until(is_true: Callable[[], bool]) -> bool:
+        return any(is_true() or time.sleep(0.05) for _ in range(200))
+
+    before, body = (
+        figure("te_rows_dropped_total"),
+        json.dumps({"inputs": [[TEXTS[2]]] * 250, "model": "reviews"}).encode(),
+    )
     head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     there = (urlsplit(server.url).hostname, urlsplit(server.url).port)
     callers = [socket.create_connection(there) for _ in range(20)]
     for one in callers:
         one.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    time.sleep(0.3)  # until they are in the queue; who goes before is not even put there
+    assert until(lambda: figure("te_queue_size") > 500)  # who goes before is not even put there
     for one in callers:
         one.close()
-    for _ in range(100):
-        if dropped() > before:
-            return
-        time.sleep(0.1)
-    raise AssertionError("nothing was dropped")
+    assert until(lambda: figure("te_rows_dropped_total") > before)
 
 
 def test_sigterm_finishes_what_was_accepted_and_ends_with_0(made: tuple[Path, dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """The HTTP API: routes -> one call to the service -> bodies. What stands before every route is in `guard`."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -111,7 +111,7 @@ def _operating(app: FastAPI, service: Service, manners: Manners, state: State, m
     async def info() -> dict[str, Any]:
         served, engine = service.store.served, service.engine
         return {
-            "model_id": served.base.recorded_as,
+            "model_id": served.name,
             "model_sha": served.base.weights_sha256,
             "model_dtype": str(served.dtype).removeprefix("torch."),
             "model_type": "classifier",
@@ -205,13 +205,8 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
         return failed(422, "validation", reason.what, code=reason.code, mend=reason.mend)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
-        found: Sequence[Any] = error.errors() if hasattr(error, "errors") else ()
-        first = found[0] if found else {"loc": (), "msg": "not valid"}
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        what = f"{where}: {first['msg']}" if where else str(first["msg"])
-        if "inputs" in first["loc"]:
-            what = f'inputs: a text, ["a text"], or a batch [["first"], ["second"]]; {PAIR}.'
-        return failed(422, "validation", what.encode("utf-8", "replace").decode())
+        assert isinstance(error, RequestValidationError | ValidationError)
+        return failed(422, "validation", _invalid(error).encode("utf-8", "replace").decode())
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, StarletteHTTPException)
@@ -236,3 +231,14 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
     ]
     for kind, handler in handlers:
         app.add_exception_handler(kind, handler)
+
+
+def _invalid(error: RequestValidationError | ValidationError) -> str:
+    """What the first fault of a body is, and where; without the body's words."""
+    first = error.errors()[0]
+    if first["loc"] == ("body",):
+        return "The body is no JSON object, or its Content-Type is not application/json."
+    if "inputs" in first["loc"]:
+        return f'inputs: a text, ["a text"], or a batch [["first"], ["second"]]; {PAIR}.'
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -38,14 +38,14 @@ def listing(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["adapters"], summary="OpenAI's list of models")
     async def models(request: Request, after: After = "", limit: Limit = 1_000) -> dict[str, Any]:
         names, more = visible(request, after, limit)
-        root = service.store.served.base.recorded_as
+        root = service.store.served.name
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "trimtab", "parent": root} for name in names]
         return {"object": "list", "data": data, "has_more": more, "last_id": names[-1] if names else None}
 
     @app.get("/v1/models/{adapter}", tags=["adapters"], summary="OpenAI's model")
     async def model(request: Request, adapter: AdapterName) -> dict[str, Any]:
         status = known(request, adapter)
-        root = service.store.served.base.recorded_as
+        root = service.store.served.name
         return {"id": status.name, "object": "model", "created": 0, "owned_by": "trimtab", "parent": root}
 
     @app.get("/v1/adapters", tags=["adapters"], summary="Adapters with state, version and memory")

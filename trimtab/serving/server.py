@@ -77,7 +77,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         placement = place(options.runtime)
         served = load_base(_base(options.base, named, directory), options.runtime)
         how = f"{served.config['model_type']}, {str(served.dtype)[6:]}, {placement.threads} threads"
-        say(f"base      {served.base.name} ({how})")
+        say(f"base      {served.name} ({how})")
         store = Store(served, _bytes(options.memory))
         for name, folder in named.items():
             store.replace(name, folder)
