@@ -49,7 +49,11 @@ from trimtab.serving.engine import Engine
 from trimtab.serving.service import Item, Service
 from trimtab.serving.store import Store
 
-DISTINCT = 100
+DISTINCT = 100  # adapters with numbers of their own
+RESIDENT = 10_000
+TEXTS = 1_024  # of a timed pass
+OVERLOAD_S = 60.0
+ANSWERS = 100_000  # while adapters are replaced
 CUT = 256
 REQUEST = 32
 
@@ -230,7 +234,7 @@ def against_peft(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     parity = difference(ours(check), exact)
     assert parity < 1e-4, parity
     assert difference(theirs.grouped(check), exact) < 1e-4
-    few, many = spread(short, names, 128), spread(short, names, 1_024)
+    few, many = spread(short, names, TEXTS // 8), spread(short, names, TEXTS)
     rates = race({"ours": (ours, many), "one": (theirs.one_by_one, few), "grouped": (theirs.grouped, many)}, rounds)
     ours.close()
     return {
@@ -251,7 +255,7 @@ def against_latefuse(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     theirs = [one for one, _ in folders]
     found: dict[str, Any] = {"ratios": {}}
     # The longest short text has fewer than 96 tokens.
-    for what, count, length in (("short", 768, 96), ("long", 192, CUT)):
+    for what, count, length in (("short", TEXTS * 3 // 4, 96), ("long", TEXTS // 6, CUT)):
         documented = latefuse_side(base, theirs, tuned=False, length=128)
         tuned = latefuse_side(base, theirs, tuned=True, length=length)
         items = spread(all_texts[what], names, count)
@@ -295,7 +299,7 @@ def resident(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     few = Ours(base, {f"x{i:05}": folders[i][1] for i in range(32)})
     few.load_all()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    many = Ours(base, {f"x{i:05}": folders[i % DISTINCT][1] for i in range(10_000)})
+    many = Ours(base, {f"x{i:05}": folders[i % DISTINCT][1] for i in range(RESIDENT)})
     begin = time.perf_counter()
     many.load_all()
     loaded = time.perf_counter() - begin
@@ -306,11 +310,11 @@ def resident(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     # The same 32 adapters in every request, spread over all that are in memory.
     drawn = [f"x{i:05}" for i in range(32)]
-    spread_out = [f"x{i:05}" for i in sorted(rng.permutation(10_000)[:32])]
-    count = 1_024
+    spread_out = [f"x{i:05}" for i in sorted(rng.permutation(RESIDENT)[:32])]
+    count = TEXTS
     same = [Item(drawn[i % 32], short[i]) for i in range(count)]
     far = [Item(spread_out[i % 32], short[i]) for i in range(count)]
-    any_ = [Item(f"x{int(rng.integers(10_000)):05}", short[i]) for i in range(count)]
+    any_ = [Item(f"x{int(rng.integers(RESIDENT)):05}", short[i]) for i in range(count)]
     lone = [Item(drawn[0], short[i]) for i in range(count)]
     rates = race(
         {
@@ -344,7 +348,7 @@ def resident(keep: Path, base: str, rounds: int) -> dict[str, Any]:
             ),
             "throughput, 32 adapters in a request against one merged model": ratio(rates, "32 of 32", "merged"),
             "memory of an adapter, of its tensors": adapter.bytes / tensors,
-            "memory that the process grew for 10,000, of their tensors": grown / (10_000 * tensors),
+            "memory that the process grew for 10,000, of their tensors": grown / (RESIDENT * tensors),
         },
     }
 
@@ -421,7 +425,7 @@ def http_against_inside(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     ours = Ours(base, {folder.name: folder for _, folder in folders})
     ours.load_all()
     server = Server("--adapter-dir", str(keep / "ours"))
-    items = spread(short, [folder.name for _, folder in folders], 1_024)
+    items = spread(short, [folder.name for _, folder in folders], TEXTS)
     over_http(server)(items)  # loads them
     rates = race({"http": (over_http(server), items), "inside": (ours, items)}, rounds)
     assert server.stop() == 0
@@ -439,7 +443,7 @@ def evicting(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     roomy = Ours(base, named)
     roomy.load_all()
     tight = Ours(base, named, budget=roomy.store.totals()["bytes"] // 2)
-    items = spread(short, list(named), 1_024)
+    items = spread(short, list(named), TEXTS)
     rates = race({"all resident": (roomy, items), "half resident": (tight, items)}, rounds)
     counts = vars(tight.store.counts)
     roomy.close()
@@ -460,13 +464,13 @@ def overload(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     names = [folder.name for _, folder in folders]
     server = Server("--adapter-dir", str(keep / "ours"))
     items = spread(short, names, 4_096)
-    over_http(server)(items[:1_024])
+    over_http(server)(items[:TEXTS])
     begin = time.perf_counter()
-    over_http(server)(items[:2_048])
-    peak = 2_048 / (time.perf_counter() - begin)
-    size, seconds = 8, 60.0
+    over_http(server)(items[: 2 * TEXTS])
+    peak = 2 * TEXTS / (time.perf_counter() - begin)
+    size = 8
     gap = size / (2 * peak)
-    total = int(seconds / gap)
+    total = int(OVERLOAD_S / gap)
     answered: list[tuple[float, float]] = []
     refused: list[float] = []
     lost: list[object] = []
@@ -519,7 +523,7 @@ def overload(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def replacing(keep: Path, base: str, rounds: int, answers: int = 100_000) -> dict[str, Any]:
+def replacing(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     """Ten replacements a second under load; every answer is compared with that of the version that it names."""
     folders, short = adapters(keep, base), texts(keep)["short"]
     two = [folders[0][1], folders[1][1]]
@@ -563,13 +567,13 @@ def replacing(keep: Path, base: str, rounds: int, answers: int = 100_000) -> dic
 
         await asyncio.gather(*(one() for _ in range(count // REQUEST)))
 
-    asyncio.run(load(answers // 10, times["quiet"]))
+    asyncio.run(load(ANSWERS // 10, times["quiet"]))
     thread = threading.Thread(target=replace)
     thread.start()
-    asyncio.run(load(answers, times["replacing"]))
+    asyncio.run(load(ANSWERS, times["replacing"]))
     stop.set()
     thread.join()
-    asyncio.run(load(answers // 10, times["quiet"]))
+    asyncio.run(load(ANSWERS // 10, times["quiet"]))
     ours.close()
     p99 = {name: float(np.percentile(kept, 99)) for name, kept in times.items()}
     return {

@@ -120,6 +120,25 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(
     assert engine.submit([(row(40), one)])
 
 
+def test_a_queue_that_takes_too_long_is_full(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    engine, one = start(queue_s=0.001), made[1][0]
+    held.go.set()
+    engine.submit([(row(5), one)]).result(10)  # from now on its speed is known
+    held.go.clear()
+    held.began.clear()
+    engine.submit([(row(5), one)])
+    assert held.began.wait(10)
+    large = engine.submit([(row(60), one)] * 100)
+    assert engine.is_full
+    with pytest.raises(OverloadedError, match="queue is full"):
+        engine.submit([(row(5), one)])
+    held.go.set()
+    assert len(large.result(20)) == 100
+    assert not engine.is_full
+
+
 def test_one_adapter_cannot_fill_the_queue(
     made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
 ) -> None:

@@ -78,6 +78,8 @@ class Limits:
     batch_tokens: int = 2_048
     queue_tokens: int = 262_144
     queue_rows: int = 8_192
+    queue_s: float = 10.0
+    """What waits may take, by the speed of the last batches: who comes later is better told to come again."""
     adapter_share: float = 0.5
     """The part of the queue that one adapter's rows may fill while other adapters are known."""
 
@@ -176,12 +178,15 @@ class Engine:
         return ticket.done
 
     def _check_room(self, tokens: int, rows: int, shares: dict[str, int]) -> None:
-        limits = self.limits
-        if self._rows and (self._tokens + tokens > limits.queue_tokens or self._rows + rows > limits.queue_rows):
+        limits, speed = self.limits, self._tokens_per_s
+        too_many = self._tokens + tokens > limits.queue_tokens or self._rows + rows > limits.queue_rows
+        # Without the new rows: a large request must have its chance beside many small ones.
+        too_long = bool(speed) and self._tokens > limits.queue_s * speed
+        if self._rows and (too_many or too_long):
             raise OverloadedError(
                 f"The queue is full: {self._rows:,} texts of {self._tokens:,} tokens wait.", self.wait_s
             )
-        most = limits.adapter_share * limits.queue_tokens
+        most = limits.adapter_share * min(limits.queue_tokens, limits.queue_s * speed or limits.queue_tokens)
         for name, share in shares.items():
             waiting = self._of_adapter.get(name, 0)
             if waiting and waiting + share > most:
@@ -200,7 +205,9 @@ class Engine:
     @property
     def is_full(self) -> bool:
         """Whether a request would most likely be refused."""
-        return self._tokens >= self.limits.queue_tokens or self._rows >= self.limits.queue_rows
+        limits = self.limits
+        too_many = self._tokens >= limits.queue_tokens or self._rows >= limits.queue_rows
+        return too_many or (bool(self._tokens_per_s) and self._tokens > limits.queue_s * self._tokens_per_s)
 
     @property
     def is_alive(self) -> bool:
