@@ -294,6 +294,27 @@ def test_who_gave_up_waiting_holds_nothing(store: Store, directory: Path, monkey
     assert store.totals()["bytes"] == 0
 
 
+def test_what_is_removed_while_it_is_read_takes_no_memory(
+    store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, read = threading.Event(), stores.read
+    monkeypatch.setattr(stores, "read", lambda *all_: (slow.wait(10), read(*all_))[1])
+    store.register("a", directory / "a")
+    waiting = store.hold("a")
+    store.remove("a")
+    slow.set()
+    with pytest.raises(UnknownAdapterError):
+        waiting.result(10)
+    assert store.totals()["bytes"] == 0
+
+
+def test_replacing_needs_no_room_beside_what_it_replaces(made: tuple[ServedBase, Path], directory: Path) -> None:
+    store = Store(made[0], bases.read(made[0], directory / "a").layout.bytes)
+    store.replace("a", directory / "a")
+    assert store.replace("a", directory / "b").generation == 2
+    assert store.totals()["bytes"] == store.budget_bytes
+
+
 def test_many_threads_at_once_leave_the_books_in_order(made: tuple[ServedBase, Path], directory: Path) -> None:
     size = bases.read(made[0], directory / "a").layout.bytes
     store = Store(made[0], 3 * size)

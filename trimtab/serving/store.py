@@ -364,7 +364,7 @@ class Store:
             if isinstance(error, TrimtabError):
                 raise
             raise _unreadable(error, folder) from None
-        piece = self._make_room(found.layout.bytes, entry)
+        piece = self._make_room(found.layout.bytes)
         try:
             return place(self.served, found, entry.name, piece)
         except BaseException:
@@ -373,14 +373,14 @@ class Store:
             self._pieces.give_back(piece)
             raise
 
-    def _make_room(self, size: int, wanted_by: _Entry) -> Tensor:
+    def _make_room(self, size: int) -> Tensor:
         """A piece within the budget; what is least recently used and in nobody's hands goes."""
         with self._lock:
             for name in list(self._recent):
                 if self._bytes + size <= self.budget_bytes:
                     break
                 entry = self._entries[name]
-                if entry.resident and id(entry.resident) not in self._holders and entry is not wanted_by:
+                if entry.resident and id(entry.resident) not in self._holders:
                     self._drop(entry)
                     self.counts.evictions += 1
             if self._bytes + size > self.budget_bytes:
