@@ -445,6 +445,9 @@ def test_an_upload_is_served_and_replaced_and_a_bad_one_leaves_no_trace(
         uploads.put(store, directory, "new", good | {"../evil": b""})
     assert get(store, "new") is there
     assert files_of(directory / "new") == good
+    with pytest.raises(GenerationError):
+        uploads.put(store, directory, "new", files_of(made[1] / "b"), if_generation=7)
+    assert files_of(directory / "new") == good
     assert uploads.put(store, directory, "new", files_of(made[1] / "b"), if_generation=1).generation == 2
     assert sorted(path.name for path in directory.iterdir()) == ["a", "b", "c", "d", "new"]
 

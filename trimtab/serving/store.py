@@ -97,7 +97,7 @@ class Counts:
 class Store:
     """The adapters of one server. Every method may be called from any thread."""
 
-    def __init__(self, served: ServedBase, budget_bytes: int, loaders: int = 2) -> None:
+    def __init__(self, served: ServedBase, budget_bytes: int, loaders: int = 8) -> None:
         self.served = served
         self.budget_bytes = budget_bytes
         self.counts = Counts()
@@ -112,6 +112,7 @@ class Store:
         """Of each version that requests hold: how many. By id: a version equals itself alone."""
         self._bytes = 0
         self._tokenizers: dict[tuple[str, int], Tokenizer] = {}
+        # More than cores: what they wait for is a disk, and one that hangs must not keep the others.
         self._loaders = ThreadPoolExecutor(loaders, thread_name_prefix="load")
 
     # -- names ---------------------------------------------------------------------------------------------------
