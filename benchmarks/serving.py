@@ -255,7 +255,7 @@ def against_latefuse(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     theirs = [one for one, _ in folders]
     found: dict[str, Any] = {"ratios": {}}
     # The longest short text has fewer than 96 tokens.
-    for what, count, length in (("short", TEXTS * 3 // 4, 96), ("long", TEXTS // 6, CUT)):
+    for what, count, length in (("short", TEXTS // 2, 96), ("long", TEXTS // 8, CUT)):
         documented = latefuse_side(base, theirs, tuned=False, length=128)
         tuned = latefuse_side(base, theirs, tuned=True, length=length)
         items = spread(all_texts[what], names, count)
