@@ -59,8 +59,8 @@ def held() -> Held:
 def start(made: tuple[ServedBase, list[Resident]], held: Held) -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
-    def start(**limits: Any) -> Engine:
-        engines.append(Engine(made[0], Limits(**limits), compute=held))
+    def start(workers: int = 1, **limits: Any) -> Engine:
+        engines.append(Engine(made[0], Limits(**limits), workers=workers, compute=held))
         return engines[-1]
 
     yield start
@@ -102,6 +102,21 @@ def test_the_oldest_row_begins_a_batch_and_its_likes_fill_it(
     for done in (first, *waiting):
         done.result(10)
     assert held.batches == [[5], [10, 11, 9], [3, 4, 2], [30]]
+
+
+def test_what_waits_is_shared_with_threads_that_have_nothing_to_do(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    engine, one = start(workers=2), made[1][0]
+    time.sleep(0.05)  # until both wait
+    done = engine.submit([(row(20), one)] * 20)
+    for _ in range(100):
+        if len(held.batches) == 2:
+            break
+        time.sleep(0.01)
+    held.go.set()
+    assert len(done.result(10)) == 20
+    assert sorted(len(batch) for batch in held.batches) == [10, 10]
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(
@@ -239,7 +254,7 @@ def test_many_callers_at_once_get_their_own_answers(
     made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
 ) -> None:
     base, residents = made
-    engine = start(batch_tokens=128)
+    engine = start(workers=3, batch_tokens=128)
     held.go.set()
     faults: list[object] = []
 

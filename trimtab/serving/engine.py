@@ -1,8 +1,11 @@
-"""Rows in, logits out: one queue, one thread that computes, batches of similar length whatever their adapter.
+"""Rows in, logits out: one queue, a thread for each core, batches of similar length whatever their adapter.
 
-While a batch is computed the queue collects; nothing waits for a batch to fill. A batch begins with the oldest row, so
+While batches are computed the queue collects; nothing waits for a batch to fill. A batch begins with the oldest row, so
 nobody starves, and is filled with the rows nearest to it in length. What cannot be taken in is refused at once, with
 the seconds after which it is worth trying again.
+
+Each thread computes batches of its own on one core. Two cores on one batch must meet after every product, and wait for
+each other whenever something else, the tokenizing of the next request to begin with, has taken one of them.
 """
 
 import itertools
@@ -11,14 +14,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from trimtab.errors import ArtefactError, DivergedError, ResourceError
 from trimtab.fast import mixed
+from trimtab.fast.encoder import Encoder
+from trimtab.fast.workspace import Workspace
 from trimtab.serving.base import Resident, ServedBase
 
 Logits = npt.NDArray[np.float32]
@@ -75,7 +81,7 @@ class _Row:
 class Limits:
     """What the queue takes in, and what one batch holds."""
 
-    batch_tokens: int = 2_048
+    batch_tokens: int = 1_024
     queue_tokens: int = 262_144
     queue_rows: int = 8_192
     queue_s: float = 10.0
@@ -100,13 +106,14 @@ class Totals:
 
 
 class Engine:
-    """Answers rows. `submit` may be called from any thread; one thread of its own computes."""
+    """Answers rows. `submit` may be called from any thread; threads of its own compute, each on one core."""
 
     def __init__(
         self,
         served: ServedBase,
         limits: Limits = Limits(),
         *,
+        workers: int = 1,
         compute: Callable[..., list[Tensor]] = mixed.logits,
     ) -> None:
         self.served, self.limits, self.totals = served, limits, Totals()
@@ -118,10 +125,15 @@ class Engine:
         self._of_adapter: dict[str, int] = {}
         self._is_closing = False
         self._tokens_per_s = 0.0
-        self.last_beat = time.monotonic()
-        """When the thread last looked at the queue or ended a batch."""
-        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
-        self._thread.start()
+        self._idle = 0
+        self._beats = [time.monotonic()] * workers
+        """When each thread last looked at the queue."""
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), name=f"compute-{number}", daemon=True)
+            for number in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # -- in ------------------------------------------------------------------------------------------------------
 
@@ -174,7 +186,7 @@ class Engine:
             self._tokens += tokens
             for name, share in shares.items():
                 self._of_adapter[name] = self._of_adapter.get(name, 0) + share
-            self._wake.notify()
+            self._wake.notify_all()
         return ticket.done
 
     def _check_room(self, tokens: int, rows: int, shares: dict[str, int]) -> None:
@@ -211,40 +223,50 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread that computes is there and does not hang."""
-        idle = time.monotonic() - self.last_beat
-        return self._thread.is_alive() and (not self._rows or idle < _HANGS_S)
+        """Whether the threads that compute are there and none hangs."""
+        longest = time.monotonic() - min(self._beats)
+        return all(thread.is_alive() for thread in self._threads) and (not self._rows or longest < _HANGS_S)
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Takes no new rows and computes those that wait; whether all were done in time."""
         with self._wake:
             self._is_closing = True
             self._wake.notify_all()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        until = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     # -- out -----------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
+        torch.set_num_threads(1)  # holds for this thread
+        encoder = replace(self.served.encoder, workspace=Workspace())
         while True:
             with self._wake:
-                self.last_beat = time.monotonic()
+                self._idle += 1
                 while not self._rows and not self._is_closing:
                     self._wake.wait()
+                self._idle -= 1
+                self._beats[number] = time.monotonic()
                 if not self._rows:
                     return
                 batch = self._take()
             if batch:
-                self._answer(batch)
+                self._answer(batch, encoder)
 
     def _take(self) -> list[_Row]:
-        """The oldest row and those nearest to it in length, as many as one batch holds; nobody's rows are let go."""
+        """The oldest row and those nearest to it in length, as many as one batch holds; nobody's rows are let go.
+
+        What waits is shared with the threads that have nothing to do.
+        """
+        most = min(self.limits.batch_tokens, max(_LEAST_TOKENS, self._tokens // (self._idle + 1)))
         batch: list[_Row] = []
         tokens, now = 0, time.monotonic()
         while self._oldest and self._oldest[0].is_taken:
             self._oldest.popleft()
         for row in self._nearest(len(self._oldest[0].ids)):
-            if batch and tokens + len(row.ids) > self.limits.batch_tokens:
+            if batch and tokens + len(row.ids) > most:
                 break
             self._remove(row)
             if row.ticket.deadline < now:
@@ -275,13 +297,13 @@ class Engine:
         if not self._of_adapter[row.resident.name]:
             del self._of_adapter[row.resident.name]
 
-    def _answer(self, batch: list[_Row]) -> None:
+    def _answer(self, batch: list[_Row], encoder: Encoder) -> None:
         """Computes a batch. Whatever goes wrong concerns its rows and nobody else."""
         begin = time.monotonic()
         lengths = [len(row.ids) for row in batch]
         try:
             found = self._compute(
-                self.served.encoder,
+                encoder,
                 np.concatenate([row.ids for row in batch]),
                 np.array([0, *itertools.accumulate(lengths)], np.int64),
                 [row.resident.beside for row in batch],
@@ -295,39 +317,40 @@ class Engine:
                 apart.setdefault(id(row.resident), []).append(row)
             if len(apart) > 1:  # whoever's fault it is, the others get their answers
                 for rows in apart.values():
-                    self._answer(rows)
+                    self._answer(rows, encoder)
                 return
             for row in batch:
                 _fail(row.ticket, error)
             return
-        finally:
-            self.last_beat = time.monotonic()
         took = time.monotonic() - begin
-        rate = sum(lengths) / max(took, 1e-9)
-        self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
+        rate = len(self._threads) * sum(lengths) / max(took, 1e-9)
         totals = self.totals
-        totals.batches += 1
-        totals.rows += len(batch)
-        totals.tokens += sum(lengths)
-        totals.adapters += len({id(row.resident) for row in batch})
-        totals.seconds += took
-        for row, logits in zip(batch, answers, strict=True):
-            _settle(row, logits)
+        with self._wake:
+            self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
+            totals.batches += 1
+            totals.rows += len(batch)
+            totals.tokens += sum(lengths)
+            totals.adapters += len({id(row.resident) for row in batch})
+            totals.seconds += took
+            done = [row.ticket for row, logits in zip(batch, answers, strict=True) if _settle(row, logits)]
+        for ticket in done:
+            if not ticket.is_over and ticket.done.set_running_or_notify_cancel():
+                ticket.done.set_result([one for one in ticket.answers if one is not None])
 
 
 _HANGS_S = 60.0
+_LEAST_TOKENS = 128  # fewer are not worth a batch of their own: the weights must come from memory all the same
 
 
-def _settle(row: _Row, logits: Logits) -> None:
-    """Gives a row its answer; the request's last one completes it."""
+def _settle(row: _Row, logits: Logits) -> bool:
+    """Gives a row its answer; whether it was the last of its request."""
     ticket = row.ticket
     if not np.isfinite(logits).all():
         _fail(ticket, DivergedError("logits.not_finite", f'"{row.resident.name}" gave logits that are not finite.'))
-        return
+        return False
     ticket.answers[row.place] = logits
     ticket.left -= 1
-    if not ticket.left and ticket.done.set_running_or_notify_cancel():
-        ticket.done.set_result([one for one in ticket.answers if one is not None])
+    return not ticket.left
 
 
 def _fail(ticket: Ticket, error: Exception) -> None:
