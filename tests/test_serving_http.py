@@ -5,14 +5,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,80 +19,12 @@ import numpy as np
 import pytest
 from adapters import answers, write_adapter
 from bases import write_base
+from servers import ADMIN, READER, TOKENS, Server, bearer, start
 
 from trimtab.serving.guard import PUBLIC
 
 TEXTS = ["a great film", "boring", "the plot is not very good " * 9, "an awful film"]
 LABELS = {"reviews": ("neg", "pos"), "topics": ("sport", "film", "other")}
-
-TOKENS = """
-[[token]]
-name = "everything"
-secret = "admin-admin-admin-admin"
-adapters = ["*"]
-admin = true
-
-[[token]]
-name = "reviews only"
-secret = "reader-reader-reader"
-adapters = ["rev*"]
-"""
-ADMIN, READER = "admin-admin-admin-admin", "reader-reader-reader"
-
-
-@dataclass
-class Server:
-    """A running `trimtab serve`."""
-
-    process: "subprocess.Popen[str]"
-    url: str
-    lines: list[str]
-
-    def ask(
-        self,
-        method: str,
-        path: str,
-        body: object = None,
-        *,
-        headers: dict[str, str] | None = None,
-        raw: bytes | None = None,
-    ) -> tuple[int, Any, dict[str, str]]:
-        """Status, what the body says, headers."""
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=30)
-        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
-        connection.request(method, path, data, {"Content-Type": "application/json"} | (headers or {}))
-        response = connection.getresponse()
-        found = response.read()
-        connection.close()
-        is_json = response.headers.get_content_type() == "application/json"
-        said = json.loads(found) if is_json else found.decode("utf-8", "replace")
-        return response.status, said, dict(response.headers.items())
-
-    def predict(self, body: object, path: str = "/predict", **headers: str) -> Any:
-        status, found, _ = self.ask("POST", path, body, headers=headers)
-        assert status == 200, found
-        return found
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
-
-
-def start(*arguments: str) -> Server:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trimtab", "serve", "--port", "0", *arguments],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    stderr = process.stderr
-    assert stderr is not None
-    lines: list[str] = []
-    for line in stderr:
-        lines.append(line)
-        if found := re.match(r"ready +(http://\S+)", line):
-            threading.Thread(target=lines.extend, args=(stderr,), daemon=True).start()
-            return Server(process, found.group(1), lines)
-    raise AssertionError("".join(lines))
 
 
 @pytest.fixture(scope="module")
@@ -336,10 +266,6 @@ def test_another_name_for_this_host_is_refused(server: Server) -> None:
 
 
 # -- adding, replacing, removing
-
-
-def bearer(secret: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {secret}"}
 
 
 def upload(folder: Path) -> tuple[bytes, dict[str, str]]:

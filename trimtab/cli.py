@@ -508,12 +508,17 @@ def doctor(as_json: Json = False) -> None:
 def adopt(
     source: Annotated[str, typer.Argument(metavar="PEFT_DIR", help="The folder that save_pretrained of peft wrote.")],
     names: Annotated[
-        str, typer.Option(metavar="A,B|0=ZH/EN,...", help="The labels in the order of the logits (id2label).")
-    ],
-    out: Annotated[str, typer.Option(metavar="DIR", help="The adapter folder to write.")],
+        str | None, typer.Option(metavar="A,B|0=ZH/EN,...", help="The labels in the order of the logits (id2label).")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The adapter folder to write; else adapters/NAME.")
+    ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Its base; else the one that its config names.")] = None,
     max_length: Annotated[
-        int | None, typer.Option("--max-length", help="Tokens at which training cut texts; else all the base takes.")
+        int | None,
+        typer.Option(
+            "--max-length", help="Tokens at which training cut texts; else as its tokenizer, or the base, does."
+        ),
     ] = None,
     settings: Runtime = None,
     as_json: Json = False,
@@ -531,14 +536,20 @@ def adopt(
                 "labels": list(found.labels.values),
                 "max_length": found.max_length,
                 "largest_difference": found.difference,
+                "answers": [{"text": text, "label": label, "score": score} for text, label, score in found.answers],
             }
         )
         return
     print(f"adopted   {source} -> {shown}")
-    print(f"base      {found.base.name}; texts are cut at {found.max_length} tokens")
+    print(f"base      {found.base.name}; texts are cut at {found.max_length} tokens ({found.cut_by})")
     print("labels    " + ", ".join(f"{i} = {found.labels.name(i)}" for i in range(len(found.labels))))
     print(f"checked   it answers as under plain peft; largest difference of a logit {found.difference:.1g}")
-    print(f'try it:\n  trimtab predict {shown} "a text of yours"\n  trimtab serve {shown}')
+    for text, label, score in found.answers:  # labels in the wrong order are seen here
+        print(f"          {found.labels.name(label)}  {score:.3f}  {text}")
+    print(
+        f'try it:\n  trimtab predict {shown} "a text of yours"'
+        + (f"\n  trimtab serve {shown}" if found.is_served else "")
+    )
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The HTTP API: routes -> one call to the service -> bodies. What stands before every route is in `guard`."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,12 +19,12 @@ from trimtab import __version__
 from trimtab.errors import ArtefactError, DataError, DivergedError, ResourceError, TrimtabError
 from trimtab.serving.access import Token
 from trimtab.serving.engine import DeadlineError, OverloadedError, StoppingError
-from trimtab.serving.formats import Failure
+from trimtab.serving.formats import Failure, Health, failures
 from trimtab.serving.guard import Guard, Limits, State
-from trimtab.serving.listing import RefusedAdapterError, changing, listing
+from trimtab.serving.listing import RefusedAdapterError, changing, known, listing
 from trimtab.serving.metrics import Metrics
-from trimtab.serving.predicting import PAIR, Answers, ClientGoneError, kserve, tei, vllm
-from trimtab.serving.service import Service
+from trimtab.serving.predicting import PAIR, AdapterName, Answers, ClientGoneError, kserve, tei, vllm
+from trimtab.serving.service import TOKENIZERS, Service
 from trimtab.serving.store import GenerationError, UnknownAdapterError
 
 
@@ -56,10 +56,7 @@ def build(service: Service, manners: Manners, state: State, directory: Path | No
         description="LoRA classifiers, many on one base. The adapter is the `model` of a request.",
         docs_url=None,
         redoc_url=None,
-        responses={
-            422: {"model": Failure, "description": "The request cannot be understood."},
-            **({401: {"model": Failure, "description": "No token, or a wrong one."}} if manners.tokens else {}),
-        },
+        responses=failures(400, 413, 415, 422, 431, 503) | (failures(401) if manners.tokens else {}),
     )
     metrics = Metrics(service, state)
     _errors(app, metrics)
@@ -90,15 +87,17 @@ def _operating(app: FastAPI, service: Service, manners: Manners, state: State, m
     def said(ok: bool, **more: object) -> JSONResponse:
         return JSONResponse({"ok": ok, **more}, 200 if ok else 503)
 
-    @app.get("/livez", tags=["operate"], summary="Whether the server lives")
-    @app.get("/v2/health/live", tags=["operate"], summary="Whether the server lives")
+    healthy: dict[str, Any] = {"tags": ["operate"], "response_model": Health, "responses": {503: {"model": Health}}}
+
+    @app.get("/livez", summary="Whether the server lives", **healthy)
+    @app.get("/v2/health/live", summary="Whether the server lives", **healthy)
     async def live() -> JSONResponse:
         return said(service.engine.is_alive)
 
-    @app.get("/health", tags=["operate"], summary="Whether it can answer")
-    @app.get("/ping", tags=["operate"], summary="Whether it can answer")
-    @app.get("/readyz", tags=["operate"], summary="Whether it can answer, and has room")
-    @app.get("/v2/health/ready", tags=["operate"], summary="Whether it can answer")
+    @app.get("/health", summary="Whether it can answer", **healthy)
+    @app.get("/ping", summary="Whether it can answer", **healthy)
+    @app.get("/readyz", summary="Whether it can answer, and has room", **healthy)
+    @app.get("/v2/health/ready", summary="Whether it can answer", **healthy)
     async def readiness(request: Request) -> JSONResponse:
         full = request.url.path == "/readyz" and service.engine.is_full
         return said(ready() and not full, draining=state.is_draining, queue_full=full)
@@ -107,19 +106,24 @@ def _operating(app: FastAPI, service: Service, manners: Manners, state: State, m
     async def server() -> dict[str, Any]:
         return {"name": "trimtab", "version": __version__, "extensions": []}
 
-    @app.get("/info", tags=["operate"], summary="What is served, and the limits")
-    async def info() -> dict[str, Any]:
+    def described(labels: Sequence[str]) -> dict[str, Any]:
         served, engine = service.store.served, service.engine
+        ids = {label: i for i, label in enumerate(labels)}
         return {
             "model_id": served.name,
             "model_sha": served.base.weights_sha256,
             "model_dtype": str(served.dtype).removeprefix("torch."),
-            "model_type": "classifier",
+            "model_type": {"classifier": {"id2label": {str(i): label for label, i in ids.items()}, "label2id": ids}},
             "max_input_length": served.longest,
             "max_batch_tokens": engine.limits.batch_tokens,
             "max_client_batch_size": manners.limits.texts,
+            "max_batch_requests": None,
+            "max_concurrent_requests": engine.limits.queue_rows,
+            "tokenization_workers": TOKENIZERS,
             "auto_truncate": True,
             "version": __version__,
+            "sha": None,
+            "docker_label": None,
             "adapters": {**service.store.totals(), "budget_bytes": service.store.budget_bytes},
             "queue": {
                 "texts": engine.backlog[0],
@@ -129,15 +133,28 @@ def _operating(app: FastAPI, service: Service, manners: Manners, state: State, m
             "admin": manners.admin,
         }
 
-    @app.get("/metrics", tags=["operate"], summary="Prometheus")
+    @app.get("/info", tags=["operate"], summary="What is served, and the limits, as TEI tells them")
+    async def info() -> dict[str, Any]:
+        return described(())
+
+    @app.get(
+        "/a/{adapter}/info",
+        tags=["operate"],
+        summary="The same with an adapter's labels, once it is in memory",
+        responses=failures(403, 404),
+    )
+    async def info_by(request: Request, adapter: AdapterName) -> dict[str, Any]:
+        return described(known(service.store, request, adapter).labels)
+
+    text: dict[int | str, Any] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.get("/metrics", tags=["operate"], summary="Prometheus", response_class=Response, responses=text)
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _pages(app: FastAPI) -> None:
     """The page for people, and the API's documentation; both are in the package, so that no network is needed."""
-    import swagger_ui_bundle
-
     page = Path(str(resources.files("trimtab.serving") / "page"))
     policy = {
         "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
@@ -158,10 +175,10 @@ def _pages(app: FastAPI) -> None:
             title="trimtab serve",
             swagger_js_url="/docs-assets/swagger-ui-bundle.js",
             swagger_css_url="/docs-assets/swagger-ui.css",
-            swagger_favicon_url="/docs-assets/favicon-32x32.png",
+            swagger_favicon_url="/page/icon.svg",
         )
 
-    app.mount("/docs-assets/", StaticFiles(directory=swagger_ui_bundle.swagger_ui_path), name="docs")
+    app.mount("/docs-assets/", StaticFiles(packages=[("fastapi_offline", "static")]), name="docs")
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

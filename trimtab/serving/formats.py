@@ -146,3 +146,32 @@ class Failure(BaseModel):
     error_type: str
     code: str = ""
     mend: str = ""
+
+
+class Health(BaseModel):
+    """Whether the server, or a model of it, can be asked."""
+
+    ok: bool
+
+
+_WHEN = {
+    400: "No adapter is named and there are several, nothing to answer, or no bytes of a request.",
+    401: "No token, or a wrong one.",
+    403: "A token for other adapters, or for none of the changes.",
+    404: "No such adapter.",
+    412: "The adapter is in another generation than expected.",
+    413: "The body is too large.",
+    415: "A body of another kind: compressed, binary tensors, neither JSON nor an upload.",
+    422: "The request cannot be understood.",
+    424: "The adapter's files cannot be used, or it gives numbers that are none.",
+    429: "The queue is full, or this adapter's part of it; Retry-After says for how long.",
+    431: "The headers are too long.",
+    503: "The server stops.",
+    504: "X-Request-Timeout-Ms is over.",
+    507: "No room in memory, or on the disk.",
+}
+
+
+def failures(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """Codes as a route documents them, each with the body that all failures have."""
+    return {code: {"model": Failure, "description": _WHEN[code]} for code in codes}

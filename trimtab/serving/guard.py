@@ -65,12 +65,13 @@ class Guard:
             return
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
         is_public = scope["path"] in PUBLIC or scope["path"].startswith(PUBLIC_FOLDERS)
-        caller: Token | None = ANYBODY
+        caller = ANYBODY
         if self.tokens and not is_public:
-            caller = access.find(self.tokens, _secret(headers))
-            if caller is None:
+            found = access.find(self.tokens, _secret(headers))
+            if found is None:
                 await self._refuse(send, 401, "unauthorized", "This needs a token: Authorization: Bearer TOKEN")
                 return
+            caller = found
         if self.state.is_draining and not is_public:
             await self._refuse(send, 503, "unhealthy", "The server stops; it takes no new requests.", retry_after_s=5)
             return
@@ -80,7 +81,10 @@ class Guard:
                 send, 431, "validation", f"The headers have more than {self.limits.header_bytes:,} bytes."
             )
             return
-        most = self.limits.upload_bytes if scope["method"] == "PUT" else self.limits.body_bytes
+        most = self.limits.upload_bytes if scope["method"] == "PUT" and caller.admin else self.limits.body_bytes
+        if reason := _unread(headers):
+            await self._refuse(send, 415, "validation", reason)
+            return
         body = await self._body(headers, receive, most)
         if body is None:
             await self._refuse(send, 413, "validation", f"The body has more than {most:,} bytes.")
@@ -114,9 +118,18 @@ class Guard:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
         headers += [(b"retry-after", str(retry_after_s).encode())] if retry_after_s else []
-        headers += [(b"connection", b"close")] if status == 413 else []  # what is left of the body is not read
+        headers += [(b"connection", b"close")] if status in (413, 415) else []  # the body, or its rest, is not read
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+
+def _unread(headers: dict[bytes, str]) -> str:
+    """Why a body of this kind is not read; empty where it is. What is small and compressed may be large."""
+    if headers.get(b"content-encoding", "identity").strip().lower() not in ("", "identity"):
+        return "Compressed bodies are not read here: leave Content-Encoding out."
+    if b"inference-header-content-length" in headers:
+        return "Binary tensors are not read here: send them as JSON (binary_data=False)."
+    return ""
 
 
 def _secret(headers: dict[bytes, str]) -> str:

@@ -13,15 +13,23 @@ from fastapi.responses import JSONResponse
 from trimtab.errors import DataError, ResourceError, TrimtabError
 from trimtab.serving import uploads
 from trimtab.serving.access import Token
-from trimtab.serving.formats import Failure, PatchAdapter, PutAdapter
+from trimtab.serving.formats import PatchAdapter, PutAdapter, failures
 from trimtab.serving.predicting import AdapterName
 from trimtab.serving.service import Service
-from trimtab.serving.store import GenerationError, Status, UnknownAdapterError
+from trimtab.serving.store import GenerationError, Status, Store, UnknownAdapterError
+
+
+def known(store: Store, request: Request, adapter: str) -> Status:
+    """What is known of an adapter that the caller may ask."""
+    if not request.state.caller.may_ask(adapter):
+        raise HTTPException(403, "This token may not ask this adapter.")
+    return store.status(adapter)
 
 
 def listing(app: FastAPI, service: Service) -> None:
     """Routes that tell which adapters there are."""
     store = service.store
+    one: dict[str, Any] = {"tags": ["adapters"], "responses": failures(403, 404)}
     Limit = Annotated[int, Query(ge=1, le=1_000)]
     After = Annotated[str, Query(max_length=200, description="Begin after this name.")]
 
@@ -30,11 +38,6 @@ def listing(app: FastAPI, service: Service) -> None:
         names = [name for name in store.names() if name > after and caller.may_ask(name)]
         return names[:limit], len(names) > limit
 
-    def known(request: Request, adapter: str) -> Status:
-        if not request.state.caller.may_ask(adapter):
-            raise HTTPException(403, "This token may not ask this adapter.")
-        return store.status(adapter)
-
     @app.get("/v1/models", tags=["adapters"], summary="OpenAI's list of models")
     async def models(request: Request, after: After = "", limit: Limit = 1_000) -> dict[str, Any]:
         names, more = visible(request, after, limit)
@@ -42,9 +45,9 @@ def listing(app: FastAPI, service: Service) -> None:
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "trimtab", "parent": root} for name in names]
         return {"object": "list", "data": data, "has_more": more, "last_id": names[-1] if names else None}
 
-    @app.get("/v1/models/{adapter}", tags=["adapters"], summary="OpenAI's model")
+    @app.get("/v1/models/{adapter}", summary="OpenAI's model", **one)
     async def model(request: Request, adapter: AdapterName) -> dict[str, Any]:
-        status = known(request, adapter)
+        status = known(store, request, adapter)
         root = service.store.served.name
         return {"id": status.name, "object": "model", "created": 0, "owned_by": "trimtab", "parent": root}
 
@@ -57,13 +60,13 @@ def listing(app: FastAPI, service: Service) -> None:
                 found.append(asdict(store.status(name)))
         return {"adapters": found, "has_more": more, "last": names[-1] if names else None, **store.totals()}
 
-    @app.get("/v1/adapters/{adapter}", tags=["adapters"], summary="One adapter")
-    async def adapter_(request: Request, adapter: AdapterName) -> dict[str, Any]:
-        return asdict(known(request, adapter))
+    @app.get("/v1/adapters/{adapter}", summary="One adapter", **one)
+    async def adapter_(request: Request, adapter: AdapterName) -> Status:
+        return known(store, request, adapter)
 
-    @app.get("/v2/models/{adapter}", tags=["adapters"], summary="KServe's metadata of a model")
+    @app.get("/v2/models/{adapter}", summary="KServe's metadata of a model", **one)
     async def metadata(request: Request, adapter: AdapterName) -> dict[str, Any]:
-        status = known(request, adapter)
+        status = known(store, request, adapter)
         return {
             "name": status.name,
             "versions": [status.version] if status.version else [],
@@ -76,9 +79,14 @@ def listing(app: FastAPI, service: Service) -> None:
             ],
         }
 
-    @app.get("/v2/models/{adapter}/ready", tags=["adapters"], summary="Whether a model can be asked")
+    @app.get(
+        "/v2/models/{adapter}/ready",
+        tags=["adapters"],
+        summary="Whether a model can be asked",
+        responses=failures(403, 404) | {503: {"description": "Its files cannot be used."}},
+    )
     async def model_ready(request: Request, adapter: AdapterName) -> JSONResponse:
-        status = known(request, adapter)
+        status = known(store, request, adapter)
         ready = status.state != "failed"
         return JSONResponse({"name": status.name, "ready": ready}, 200 if ready else 503)
 
@@ -113,20 +121,27 @@ def changing(app: FastAPI, service: Service, directory: Path | None) -> None:
                 }
             }
         },
-        responses={412: {"model": Failure}, 413: {"model": Failure}, 507: {"model": Failure}},
+        responses=failures(403, 404, 412, 507),
     )
-    async def put(request: Request, adapter: AdapterName) -> dict[str, Any]:
+    async def put(request: Request, adapter: AdapterName) -> Status:
         allowed(request, adapter)
         if directory is None:
             raise DataError("serve.directory", "This server has no --adapter-dir, so nothing can be added to it.")
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
             form = await request.form(max_files=16, max_fields=16)
             said = PutAdapter.model_validate({key: form[key] for key in ("pin", "if_generation") if key in form})
             files = [one for one in form.getlist("files") if not isinstance(one, str)]
+            if len(files) < len(form.getlist("files")) or set(form) - {"files", "pin", "if_generation"}:
+                raise DataError("serve.upload", "The parts of an upload are files, and the fields pin, if_generation.")
             contents = {str(one.filename): await one.read() for one in files}
+            if len(contents) < len(files):
+                raise DataError("serve.upload", "Two files of the upload have the same name.")
             change: Callable[[], object] = lambda: uploads.put(  # noqa: E731
                 store, directory, adapter, contents, if_generation=said.if_generation
             )
+        elif await request.body() and kind != "application/json":
+            raise HTTPException(415, "The body is neither application/json nor multipart/form-data.")
         else:
             said = PutAdapter.model_validate_json(await request.body() or b"{}")
             change = lambda: store.replace(  # noqa: E731
@@ -135,15 +150,20 @@ def changing(app: FastAPI, service: Service, directory: Path | None) -> None:
         await asyncio.get_running_loop().run_in_executor(None, _as_admin, change)
         if said.pin is not None:
             store.pin(adapter, said.pin)
-        return asdict(store.status(adapter))
+        return store.status(adapter)
 
-    @app.patch("/v1/adapters/{adapter}", tags=["admin"], summary="Pin or unpin")
-    async def patch(request: Request, adapter: AdapterName, body: PatchAdapter) -> dict[str, Any]:
+    @app.patch("/v1/adapters/{adapter}", tags=["admin"], summary="Pin or unpin", responses=failures(403, 404))
+    async def patch(request: Request, adapter: AdapterName, body: PatchAdapter) -> Status:
         allowed(request, adapter)
         store.pin(adapter, body.pin)
-        return asdict(store.status(adapter))
+        return store.status(adapter)
 
-    @app.delete("/v1/adapters/{adapter}", tags=["admin"], summary="Forget an adapter; its folder stays")
+    @app.delete(
+        "/v1/adapters/{adapter}",
+        tags=["admin"],
+        summary="Forget an adapter; its folder stays",
+        responses=failures(403, 404, 412),
+    )
     async def delete(
         request: Request, adapter: AdapterName, if_generation: Annotated[int | None, Query(ge=0)] = None
     ) -> dict[str, Any]:

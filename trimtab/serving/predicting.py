@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi import Path as InPath
 
 from trimtab.errors import DataError
@@ -23,6 +23,7 @@ from trimtab.serving.formats import (
     PredictRequest,
     Score,
     Usage,
+    failures,
 )
 from trimtab.serving.guard import Limits
 from trimtab.serving.metrics import Metrics
@@ -30,7 +31,9 @@ from trimtab.serving.service import Answer, Item, Service, Times
 
 _LONGEST_WAIT_MS = 600_000
 
-AdapterName = Annotated[str, InPath(max_length=200, description="Name of an adapter.")]
+AdapterName = Annotated[str, InPath(min_length=1, max_length=200, description="Name of an adapter.")]
+FAILURES = failures(403, 404, 424, 429, 504, 507)
+"""What may come of asking an adapter."""
 T = TypeVar("T")
 
 
@@ -183,17 +186,22 @@ def _agreed(adapter: str | None, model: str | None) -> str | None:
 def tei(app: FastAPI, answers: Answers) -> None:
     """TEI's predict, and what Hugging Face's client expects of an address of its own."""
 
-    @app.post("/predict", tags=["predict"], summary="TEI's predict")
+    @app.post("/predict", tags=["predict"], summary="TEI's predict", responses=FAILURES)
     async def predict(request: Request, response: Response, body: PredictRequest) -> list[Score] | list[list[Score]]:
         return await _predict(answers, request, response, body)
 
-    @app.post("/a/{adapter}/predict", tags=["predict"], summary="TEI's predict; the address names the adapter")
+    @app.post(
+        "/a/{adapter}/predict",
+        tags=["predict"],
+        summary="TEI's predict; the address names the adapter",
+        responses=FAILURES,
+    )
     async def predict_by(
         request: Request, response: Response, adapter: AdapterName, body: PredictRequest
     ) -> list[Score] | list[list[Score]]:
         return await _predict(answers, request, response, body, adapter)
 
-    @app.post("/a/{adapter}", tags=["predict"], summary="Hugging Face's text classification")
+    @app.post("/a/{adapter}", tags=["predict"], summary="Hugging Face's text classification", responses=FAILURES)
     async def hugging_face(
         request: Request, response: Response, adapter: AdapterName, body: PredictRequest
     ) -> list[list[Score]]:
@@ -231,12 +239,17 @@ async def _classify(
 def vllm(app: FastAPI, answers: Answers) -> None:
     """VLLM's classify."""
 
-    @app.post("/classify", tags=["predict"], summary="vLLM's classify")
-    @app.post("/v1/classify", tags=["predict"], summary="vLLM's classify")
+    @app.post("/classify", tags=["predict"], summary="vLLM's classify", responses=FAILURES)
+    @app.post("/v1/classify", tags=["predict"], summary="vLLM's classify", responses=FAILURES)
     async def classify(request: Request, response: Response, body: ClassifyRequest) -> ClassifyResponse:
         return await _classify(answers, request, response, body)
 
-    @app.post("/a/{adapter}/v1/classify", tags=["predict"], summary="vLLM's classify; the address names the adapter")
+    @app.post(
+        "/a/{adapter}/v1/classify",
+        tags=["predict"],
+        summary="vLLM's classify; the address names the adapter",
+        responses=FAILURES,
+    )
     async def classify_by(
         request: Request, response: Response, adapter: AdapterName, body: ClassifyRequest
     ) -> ClassifyResponse:
@@ -245,14 +258,19 @@ def vllm(app: FastAPI, answers: Answers) -> None:
 
 def kserve(app: FastAPI, answers: Answers) -> None:
     """KServe's infer: the Open Inference Protocol."""
+    router = APIRouter(strict_content_type=False)  # Triton's client declares none
 
-    @app.post(
-        "/v2/models/{adapter}/infer", tags=["predict"], summary="KServe's infer", response_model_exclude_none=True
+    @router.post(
+        "/v2/models/{adapter}/infer",
+        tags=["predict"],
+        summary="KServe's infer",
+        responses=FAILURES,
+        response_model_exclude_none=True,
     )
     async def infer(request: Request, response: Response, adapter: AdapterName, body: InferRequest) -> InferResponse:
         name = answers.adapter(request, adapter)
-        if "inference-header-content-length" in request.headers:
-            raise DataError("serve.binary", "Binary tensors are not read here: send them as JSON (binary_data=False).")
+        if "content-type" not in request.headers and "origin" in request.headers:
+            raise HTTPException(415, "A web page declares its body as application/json.")  # else it needs no leave
         texts = _tensor_texts(body.inputs[0])
         wanted = {one.name for one in body.outputs or ()} or set(_OUTPUTS)
         if unknown := sorted(wanted - set(_OUTPUTS)):
@@ -261,6 +279,8 @@ def kserve(app: FastAPI, answers: Answers) -> None:
         response.headers.update(_headers(found, times))
         outputs = [tensor for tensor in _tensors(found) if tensor.name in wanted]
         return InferResponse(model_name=name, model_version=found[0].resident.version, id=body.id, outputs=outputs)
+
+    app.include_router(router)
 
 
 _OUTPUTS = ("label", "score", "probs")

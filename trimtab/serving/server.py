@@ -92,7 +92,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             f"adapters  {totals['registered']:,} ({totals['resident']:,} in memory, the others when asked for), "
             f"{store.budget_bytes / 1e9:.1f} GB for them"
         )
-        service, state = Service(store, Engine(served, options.queue)), State()
+        service, state = Service(store, Engine(served, options.queue, workers=placement.threads)), State()
         port = listening.getsockname()[1]
         host = f"[{options.host}]" if ":" in options.host else options.host
 
@@ -231,6 +231,7 @@ def _config(app: Any, options: Options) -> uvicorn.Config:
     _Protocol.receive_s = options.limits.receive_s
     # What the application logs is our fault and never a request's text.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings quote bytes of a body
     return uvicorn.Config(
         app,
         http=_Protocol,

@@ -18,6 +18,9 @@ from trimtab.serving.base import Resident
 from trimtab.serving.engine import DeadlineError, Engine, Logits
 from trimtab.serving.store import Store
 
+TOKENIZERS = 2
+"""Threads that make tokens."""
+
 
 class Item(NamedTuple):
     """One text, and the adapter that is to answer it."""
@@ -52,7 +55,7 @@ class Service:
 
     def __init__(self, store: Store, engine: Engine) -> None:
         self.store, self.engine = store, engine
-        self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self._tokenizing = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="tokenize")
 
     async def answer(
         self, items: Sequence[Item], *, timeout_s: float = float("inf"), raw_scores: bool = False

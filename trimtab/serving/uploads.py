@@ -79,7 +79,13 @@ def put(
                 old.rename(target)
                 raise
             durable.sync_folder(directory)
-            return store.replace(name, target, if_generation=if_generation)
+            try:
+                return store.replace(name, target, if_generation=if_generation)
+            except TrimtabError:  # no room for it, or another generation: the folder is what it was
+                target.rename(draft)
+                if old.exists():
+                    old.rename(target)
+                raise
     except OSError as error:
         if isinstance(error, TrimtabError):
             raise
