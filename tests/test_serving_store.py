@@ -1,5 +1,6 @@
 """Adapters by name: loading, evicting, replacing, refusing; nobody waits for another's file or sees another's fault."""
 
+import json
 import random
 import shutil
 import sys
@@ -189,12 +190,40 @@ def no_description(folder: Path) -> None:
     (folder / "trimtab.json").unlink()
 
 
+def described(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    file = folder / "trimtab.json"
+    meta = json.loads(file.read_text("utf-8"))
+    edit(meta)
+    file.write_text(json.dumps(meta), "utf-8")
+    seal(folder)
+
+
+def longer_than_the_base(folder: Path) -> None:
+    described(folder, lambda meta: meta["preprocessing"].update(max_length=5_000))
+
+
+def head_by_name_alone(folder: Path) -> None:
+    no_head(folder)
+    described(folder, lambda meta: meta.update(head=[]))
+
+
 def huge(folder: Path) -> None:
     with (folder / "adapter_model.safetensors").open("ab") as file:
         file.truncate(1 << 40)
 
 
-DAMAGES = [truncated, not_finite, wrong_shape, no_head, pickled, garbled, no_description, huge]
+DAMAGES = [
+    truncated,
+    not_finite,
+    wrong_shape,
+    no_head,
+    pickled,
+    garbled,
+    no_description,
+    longer_than_the_base,
+    head_by_name_alone,
+    huge,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
