@@ -1,7 +1,7 @@
 """The HTTP API: routes -> one call to the service -> bodies. What stands before every route is in `guard`."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,9 @@ def build(service: Service, manners: Manners, state: State, directory: Path | No
     _pages(app)
     if manners.admin:
         changing(app, service, directory)
-    app.add_middleware(Guard, tokens=manners.tokens, limits=manners.limits, state=state)
+    # Who can put nothing here has no use for the room of an upload.
+    limits = manners.limits if manners.admin else replace(manners.limits, upload_bytes=manners.limits.body_bytes)
+    app.add_middleware(Guard, tokens=manners.tokens, limits=limits, state=state)
     if not manners.tokens:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(manners.hosts))
     return app
