@@ -252,7 +252,9 @@ def test_the_api_is_documented_and_its_page_needs_no_network(server: Server) -> 
         page = server.ask("GET", path)[1]
         for address in re.findall(r'(?:src|href)="([^"]+)"', page):
             assert address.startswith("/")
-            assert server.ask("GET", address)[0] == 200
+            status, _, headers = server.ask("GET", address)
+            assert status == 200
+            assert headers.get("cache-control") == "no-cache" or not address.startswith("/page/")
 
 
 def test_admin_routes_are_off_unless_asked_for(server: Server) -> None:

@@ -162,13 +162,20 @@ def _pages(app: FastAPI) -> None:
         "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",  # asked for again each time, so that old and new files never meet
     }
+
+    class Page(StaticFiles):
+        def file_response(self, *given: Any, **named: Any) -> Response:
+            response = super().file_response(*given, **named)
+            response.headers["Cache-Control"] = "no-cache"
+            return response
 
     @app.get("/", include_in_schema=False)
     async def index() -> FileResponse:
         return FileResponse(page / "index.html", headers=policy)
 
-    app.mount("/page/", StaticFiles(directory=page), name="page")
+    app.mount("/page/", Page(directory=page), name="page")
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
