@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
-from trimtab import adapter
+from trimtab import adapter, cli
 from trimtab.adopt import Adopted, adopt
 from trimtab.config import RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError, RecipeError, ResourceError, TrimtabError
@@ -133,6 +133,20 @@ def test_all_linear_of_peft_is_adopted_and_served(places: dict[str, Path], tmp_p
     serving.read(serving.load_base(find_base(str(places[kind])), RuntimeSettings()), found.folder)
 
 
+def test_all_linear_over_a_base_that_brings_its_head(places: dict[str, Path], tmp_path: Path) -> None:
+    """A classifier that is trained on: its head stands in the base's files, and peft's targets name its layers."""
+    base = shutil.copytree(places["roberta"], tmp_path / "base")
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(base)
+    source = write_peft(tmp_path / "peft", base, target_modules="all-linear")
+    assert "classifier.dense" in json.loads((source / CONFIG).read_text())["target_modules"]
+
+    found = adopt(source, tmp_path / "ours", names=NAMES)
+
+    check_answers(found, peft_answers(source, base))
+    assert found.is_served
+    serving.read(serving.load_base(find_base(str(base)), RuntimeSettings()), found.folder)
+
+
 def test_lora_outside_the_layers_is_adopted_and_not_served(places: dict[str, Path], tmp_path: Path) -> None:
     source = write_peft(tmp_path / "peft", places["bert"], target_modules=["query", "dense"])  # bert.pooler.dense too
 
@@ -167,17 +181,6 @@ def test_an_adapter_in_half_precision_and_of_an_old_peft(places: dict[str, Path]
     edit_config(lambda config: [config.pop(key) for key in ("use_dora", "use_rslora", "peft_version")])(source)
 
     check_answers(adopt(source, tmp_path / "ours", names=NAMES), peft_answers(source, places["bert"]))
-
-
-def test_the_labels_are_counted_by_the_last_layer(places: dict[str, Path], tmp_path: Path) -> None:
-    """Distilbert's pre_classifier has a name that ends alike; in another precision it stands first in the file."""
-    source = write_peft(tmp_path / "peft", places["distilbert"], num_labels=3)
-    last = "base_model.model.classifier.weight"
-    edit_tensors(lambda tensors: tensors.update({last: tensors[last].half()}))(source)
-
-    found = adopt(source, tmp_path / "ours", names="bad,fair,good")
-
-    check_answers(found, peft_answers(source, places["distilbert"], num_labels=3))
 
 
 def test_five_labels_with_names_in_two_languages(places: dict[str, Path], tmp_path: Path) -> None:
@@ -428,6 +431,13 @@ def test_lora_for_features_was_saved_without_a_head(places: dict[str, Path], tmp
     refused(ArtefactError, tmp_path / "peft", "no answer layer", "LoRA alone", 'task_type="SEQ_CLS"')
 
 
+def test_a_layer_before_the_last_is_no_answer_layer(places: dict[str, Path], tmp_path: Path) -> None:
+    """Distilbert's pre_classifier has a name that ends alike."""
+    source = write_peft(tmp_path / "peft", places["distilbert"])
+    edit_tensors(lambda t: [t.pop(f"base_model.model.classifier.{part}") for part in ("weight", "bias")])(source)
+    refused(ArtefactError, source, "no answer layer", 'task_type="SEQ_CLS"')
+
+
 def test_a_pooler_that_was_drawn_at_random_and_not_saved_is_a_lost_head(tmp_path: Path) -> None:
     """BERT's base without pooler: transformers draws one, the tutorial's peft saves the classifier alone."""
     base = bases.write_base(tmp_path / "bert", "bert")
@@ -586,11 +596,9 @@ def test_the_command_and_what_it_says(copied: Path) -> None:
         "trimtab predict adapters/reviews",
     ):
         assert said in out
+    for text in adapter.PROBES:  # whether the labels are in their order is seen by these
+        assert text in out
     assert adapter.read(Path("adapters/reviews")).max_length == 32
-
-    out, err = command(*words, "--json", code=5)
-    assert json.loads(out)["error"]["code"] == "adopt.out"
-    assert "there already" in err
 
     out, err = command(*words[:-1], "adapters/again", "--json")
     assert err == ""
@@ -599,3 +607,16 @@ def test_the_command_and_what_it_says(copied: Path) -> None:
     assert said["max_length"] == 64
     assert said["largest_difference"] < 1e-4
     assert said["adapter"] == "adapters/again"
+    assert [answer["text"] for answer in said["answers"]] == list(adapter.PROBES)
+
+
+def test_the_command_without_names_says_how_many_and_gives_an_example(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["trimtab", "adopt", str(copied)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "has 2 labels" in err
+    assert f"trimtab adopt {copied} --names negative,positive" in err

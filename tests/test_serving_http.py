@@ -366,6 +366,22 @@ def test_no_route_but_the_public_ones_answers_without_the_right_token(guarded: S
         assert status != 200 or "reviews" not in str(found)
 
 
+def test_a_body_that_nobody_may_send_is_not_kept(guarded: Server) -> None:
+    assert guarded.ask("PUT", "/health", raw=b"x" * (3 << 20))[0] == 413
+    assert guarded.ask("PUT", "/health", raw=b"x")[0] == 413
+    assert guarded.ask("PUT", "/v1/adapters/reviews", raw=b"x" * (3 << 20), headers=bearer(READER))[0] == 413
+
+
+def test_half_a_request_is_none(guarded: Server) -> None:
+    head = f"PUT /v1/adapters/half HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {ADMIN}\r\n"
+    body = '{"folder": "reviews"}'
+    with socket.create_connection((urlsplit(guarded.url).hostname, urlsplit(guarded.url).port)) as one:
+        # All of the JSON, and an end that never comes.
+        one.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 30\r\n\r\n{body}".encode())
+    time.sleep(0.5)
+    assert guarded.ask("GET", "/v1/adapters/half", headers=bearer(ADMIN))[0] == 404
+
+
 def test_a_token_asks_its_own_adapters_and_changes_none(guarded: Server) -> None:
     reader = bearer(READER)
     assert guarded.ask("POST", "/predict", {"inputs": "a", "model": "reviews"}, headers=reader)[0] == 200
@@ -444,7 +460,7 @@ def test_a_deadline_that_cannot_be_met_is_504(server: Server) -> None:
     body = {"inputs": [[TEXTS[2]]] * 200, "model": "reviews"}
     status, found, _ = server.ask("POST", "/predict", body, headers={"X-Request-Timeout-Ms": "1"})
     assert (status, found["error_type"]) == (504, "timeout")
-    for wrong in ("0", "-1", "soon", "1e3", "99999999999"):
+    for wrong in ("0", "-1", "soon", "1e3", "99999999999", "0" * 5_000 + "1", "600001"):
         assert server.ask("POST", "/predict", body, headers={"X-Request-Timeout-Ms": wrong})[0] == 422
 
 

@@ -1,5 +1,6 @@
 """Adapters by name: loading, evicting, replacing, refusing; nobody waits for another's file or sees another's fault."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -309,6 +310,69 @@ def test_nobody_waits_for_another_ones_slow_file(
     assert store.counts.loads == 2  # those who waited for the same file had it read once
     for one in waiting:
         store.release(one.result())
+
+
+def test_one_who_no_longer_waits_lets_go_in_the_very_moment_of_the_hand_over(
+    store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, read = threading.Event(), stores.read
+    monkeypatch.setattr(stores, "read", lambda *all_: (slow.wait(10), read(*all_))[1])
+    store.register("a", directory / "a")
+    waiting, let_go = store.hold("a"), threading.Event()
+
+    def release(done: Any) -> None:
+        store.release(done.result())
+        let_go.set()
+
+    waiting.add_done_callback(release)
+    slow.set()
+    assert let_go.wait(10), "the store is locked by itself"
+    assert store.status("a").state == "resident"
+
+
+def test_a_registered_name_is_there_for_whoever_expects_none(store: Store, directory: Path) -> None:
+    store.register("a", directory / "a")
+    with pytest.raises(GenerationError):
+        store.replace("a", directory / "b", if_generation=0)
+
+
+def test_the_same_files_again_are_the_same_version(store: Store, directory: Path) -> None:
+    store.register("a", directory / "a")
+    first = get(store, "a")
+    again = store.replace("a", directory / "a")
+    assert (again.version, again is first) == (first.version, False)
+    assert store.replace("a", directory / "b").generation == 2
+
+
+def test_a_refused_folder_is_no_fault_of_the_one_that_is_there(store: Store, directory: Path) -> None:
+    truncated(directory / "b")
+    store.register("a", directory / "a")
+    with pytest.raises(ArtefactError):
+        store.replace("a", directory / "b")
+    assert store.status("a").state == "registered"
+    assert get(store, "a")
+
+
+def test_one_that_cannot_fit_drives_nobody_out(made: tuple[ServedBase, Path], directory: Path) -> None:
+    size = bases.read(made[0], directory / "a").layout.bytes
+    store = Store(made[0], 2 * size)
+    for name in "ab":
+        store.register(name, directory / name)
+        get(store, name)
+    store._bytes += size  # as if requests held versions of this size
+    store.budget_bytes -= size // 2
+    with pytest.raises(ResourceError):
+        store._make_room(2 * size + size // 2 + 1)
+    assert [store.status(name).state for name in "ab"] == ["resident", "resident"]
+
+
+def test_a_tokenizer_that_the_library_refuses_is_the_adapters_fault(store: Store, directory: Path) -> None:
+    (directory / "a" / "tokenizer.json").write_text('{"model": {}}', "utf-8")
+    sha256 = hashlib.sha256((directory / "a" / "tokenizer.json").read_bytes()).hexdigest()
+    described(directory / "a", lambda meta: meta["preprocessing"].update(tokenizer_sha256=sha256))
+    with pytest.raises(ArtefactError, match=r"tokenizer\.json"):
+        store.replace("new", directory / "a")
+    assert store.names() == []
 
 
 def test_who_gave_up_waiting_holds_nothing(store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,10 @@ def _blocks(encoder: Encoder, batch: Packed, adapters: Sequence[Beside], costs: 
             size = adapters[row].numbers.numel() * adapters[row].numbers.element_size()
             if len(each) > 1 and costs.gathered_s(rows, tokens, form, size) < costs.segments_s(len(each), tokens, form):
                 numbers = encoder.workspace.take(
-                    "beside", row, shape=(rows, adapters[row].numbers.numel()), dtype=adapters[row].numbers.dtype
+                    "beside",
+                    sum(block.numbers.ndim == 2 for block in blocks),
+                    shape=(rows, adapters[row].numbers.numel()),
+                    dtype=adapters[row].numbers.dtype,
                 )
                 torch.stack([adapters[row + i].numbers for i in range(rows)], out=numbers)
                 blocks.append(_Block(row, token, rows, tokens, numbers, places[form], form))

@@ -148,6 +148,7 @@ def read(
     Raises:
         ArtefactError: it is damaged, not one of ours, or for another base; it stands beside weights outside the layers.
     """
+    untrusted.check_files(folder)
     described = folder / "trimtab.json"
     sha256 = hashlib.sha256(described.read_bytes()).hexdigest() if described.is_file() else ""
     adapter = adapter_folder.read(folder, tokenizers)
@@ -172,7 +173,12 @@ def read(
     form = mixed.form_of(served.encoder, modules, adapter.lora.r, dora=dora)
     dense, _ = encoders.LAYOUTS[served.encoder.head.kind].head
     layout = Layout(form, served.dtype, served.width, len(adapter.labels), own_dense=dense + ".weight" in own)
-    adapter.tokenizer.cutting_at(adapter.max_length)  # built here, where nobody else waits: 0.1 s for MiniLM's
+    try:
+        adapter.tokenizer.cutting_at(adapter.max_length)  # built here, where nobody else waits: 0.1 s for MiniLM's
+    except Exception as error:  # the library raises nothing more special
+        raise ArtefactError(
+            "adapter.tokenizer", f"Its tokenizer.json cannot be used: {error}", where=str(folder), mend=_AGAIN
+        ) from None
     return Read(adapter, layout, modules, own, sha256)
 
 

@@ -127,7 +127,7 @@ class Engine:
         self._tokens_per_s = 0.0
         self._idle = 0
         self._beats = [time.monotonic()] * workers
-        """When each thread last looked at the queue."""
+        """When each thread took its batch; infinity while it waits."""
         self._threads = [
             threading.Thread(target=self._run, args=(number,), name=f"compute-{number}", daemon=True)
             for number in range(workers)
@@ -245,6 +245,7 @@ class Engine:
         while True:
             with self._wake:
                 self._idle += 1
+                self._beats[number] = float("inf")  # who waits for work does not hang
                 while not self._rows and not self._is_closing:
                     self._wake.wait()
                 self._idle -= 1
@@ -319,8 +320,9 @@ class Engine:
                 for rows in apart.values():
                     self._answer(rows, encoder)
                 return
-            for row in batch:
-                _fail(row.ticket, error)
+            with self._wake:  # another thread may hold rows of the same request
+                for row in batch:
+                    _fail(row.ticket, error)
             return
         took = time.monotonic() - begin
         rate = len(self._threads) * sum(lengths) / max(took, 1e-9)

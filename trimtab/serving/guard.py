@@ -52,6 +52,10 @@ class State:
     """Refusals of the guard, by error type."""
 
 
+class _GoneError(Exception):
+    """The client went away before its request was here."""
+
+
 class Guard:
     """Asks for a token, counts bytes, and refuses new work while the server stops."""
 
@@ -81,11 +85,15 @@ class Guard:
                 send, 431, "validation", f"The headers have more than {self.limits.header_bytes:,} bytes."
             )
             return
-        most = self.limits.upload_bytes if scope["method"] == "PUT" and caller.admin else self.limits.body_bytes
+        is_upload = scope["method"] == "PUT" and scope["path"].startswith("/v1/adapters/") and caller.admin
+        most = self.limits.upload_bytes if is_upload else 0 if is_public else self.limits.body_bytes
         if reason := _unread(headers):
             await self._refuse(send, 415, "validation", reason)
             return
-        body = await self._body(headers, receive, most)
+        try:
+            body = await self._body(headers, receive, most)
+        except _GoneError:
+            return  # half a request is none
         if body is None:
             await self._refuse(send, 413, "validation", f"The body has more than {most:,} bytes.")
             return
@@ -109,7 +117,9 @@ class Guard:
                     return None
             else:
                 pieces.append(piece)
-            if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            if message["type"] == "http.disconnect":
+                raise _GoneError
+            if not message.get("more_body", False):
                 return None if too_large else b"".join(pieces)
 
     async def _refuse(self, send: Send, status: int, kind: str, what: str, retry_after_s: int = 0) -> None:

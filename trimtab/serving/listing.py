@@ -144,6 +144,7 @@ def changing(app: FastAPI, service: Service, directory: Path | None) -> None:
             raise HTTPException(415, "The body is neither application/json nor multipart/form-data.")
         else:
             said = PutAdapter.model_validate_json(await request.body() or b"{}")
+            allowed(request, said.folder or adapter)
             change = lambda: store.replace(  # noqa: E731
                 adapter, uploads.inside(directory, said.folder or adapter), if_generation=said.if_generation
             )

@@ -72,6 +72,13 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
     manners = _manners(options)
     named = _named(options.adapters)
     directory = None if options.directory is None else _directory(options.directory)
+    if directory is not None and (both := sorted(named.keys() & dict(folders(directory)).keys())):
+        raise RecipeError(
+            "serve.name",
+            f'"{both[0]}" is named on the command line, and a folder of the directory is called so too.',
+            where=str(directory / both[0]),
+            mend=f"another name: {both[0]}-2={named[both[0]]}",
+        )
     listening = _listen(options.host, options.port)
     try:
         placement = place(options.runtime)

@@ -47,6 +47,8 @@ class _Entry:
     folder: Path
     stamp: Stamp
     generation: int = 0
+    sha256: str | None = "none yet"
+    """Of the version that `generation` counts; None: of whatever its files turn out to be."""
     resident: Resident | None = None
     failed: TrimtabError | None = None
     """Why its newest version cannot be used; an older one may be in memory nevertheless."""
@@ -128,9 +130,10 @@ class Store:
         with self._lock:
             entry = self._entries.get(name)
             if entry is None:
-                self._entries[name] = _Entry(name, folder, found)
+                self._entries[name] = _Entry(name, folder, found, generation=1, sha256=None)
             else:
                 entry.folder, entry.stamp, entry.failed = folder, found, None
+                entry.generation, entry.sha256 = entry.generation + 1, None
                 self._drop(entry)
 
     def replace(self, name: str, folder: Path, *, if_generation: int | None = None) -> Resident:
@@ -149,8 +152,8 @@ class Store:
             if entry is None:
                 entry = self._entries[name] = _Entry(name, folder, ())
         try:
-            return self._load(entry, folder)
-        except TrimtabError:
+            return self._load(entry, folder, if_generation)
+        except BaseException:
             with self._lock:
                 if is_new and entry.resident is None and self._entries.get(name) is entry:
                     del self._entries[name]
@@ -224,7 +227,7 @@ class Store:
                 variant=held.variant if held else "",
                 targets=held.targets if held else (),
                 labels=held.labels.values if held else (),
-                reason=str(entry.failed) if entry.failed else "",
+                reason=entry.failed.what if entry.failed else "",
             )
 
     def totals(self) -> dict[str, int]:
@@ -319,36 +322,53 @@ class Store:
             error = ArtefactError("serve.stopping", "The server stops.") if found.cancelled() else found.exception()
             mine.set_exception(error)
             return
+        resident = found.result()
         with self._lock:
-            resident = found.result()
-            if entry.resident is resident or id(resident) in self._holders:
-                mine.set_result(self._held(resident))
-                return
+            is_there = entry.resident is resident or id(resident) in self._holders
+            if is_there:
+                self._held(resident)
+        if is_there:
+            mine.set_result(resident)  # without the lock: who waits no longer releases it in this very call
+            return
         try:
             self.hold(entry.name).add_done_callback(lambda again: _copy(again, mine))
         except UnknownAdapterError as error:
             mine.set_exception(error)
 
-    def _load(self, entry: _Entry, folder: Path | None = None) -> Resident:
+    def _load(self, entry: _Entry, given: Path | None = None, if_generation: int | None = None) -> Resident:
         """Reads a folder, else the entry's own, and makes it the entry's version."""
         with entry.reading:
-            begin, folder = time.monotonic(), folder or entry.folder
+            begin, folder = time.monotonic(), given or entry.folder
             try:
+                with self._lock:
+                    if given is None and entry.resident is not None:  # somebody has put one in place meanwhile
+                        return entry.resident
                 before = stamp(folder)
                 resident = self._read(entry, folder)
             except TrimtabError as error:
                 with self._lock:
-                    if isinstance(error, ArtefactError):  # that there is no room now says nothing of its files
+                    # That there is no room, or that another folder is bad, says nothing of its own files.
+                    if isinstance(error, ArtefactError) and folder == entry.folder:
                         entry.failed, entry.failed_at = error, time.monotonic()
                     self.counts.failures[error.code] = self.counts.failures.get(error.code, 0) + 1
                 raise
             finally:
-                with self._lock:
-                    entry.loading = None
+                if given is None:
+                    with self._lock:
+                        entry.loading = None
             with self._lock:
+                try:
+                    self._check_generation(entry, entry.name, if_generation)
+                except GenerationError:
+                    self._free(resident)
+                    raise
+                if given is not None:  # asked for just now, whatever was removed while it was read
+                    self._entries.setdefault(entry.name, entry)
                 self._drop(entry)
                 entry.folder, entry.stamp, entry.failed = folder, before, None
-                entry.generation += 1
+                if entry.sha256 not in (None, resident.sha256):  # the same files again are the same version
+                    entry.generation += 1
+                entry.sha256 = resident.sha256
                 entry.resident = resident = replace(resident, generation=entry.generation)
                 self.counts.loads += 1
                 self.counts.load_seconds += time.monotonic() - begin
@@ -377,26 +397,33 @@ class Store:
     def _make_room(self, size: int) -> Tensor:
         """A piece within the budget; what is least recently used and in nobody's hands goes."""
         with self._lock:
-            for name in list(self._recent):
-                if self._bytes + size <= self.budget_bytes:
-                    break
+            missing = self._bytes + size - self.budget_bytes
+            going: list[_Entry] = []
+            for name in self._recent if missing > 0 else ():
                 entry = self._entries[name]
                 if entry.resident and id(entry.resident) not in self._holders:
-                    self._drop(entry)
-                    self.counts.evictions += 1
-            if self._bytes + size > self.budget_bytes:
+                    going.append(entry)
+                    missing -= entry.resident.bytes
+                if missing <= 0:
+                    break
+            if missing > 0:  # nobody goes for one that will not fit
                 raise ResourceError(
                     "serve.memory",
                     f"No room for an adapter of {size:,} bytes: {self._bytes:,} of {self.budget_bytes:,} are in use, "
                     "by adapters that are pinned or that requests hold.",
                     mend="try again, unpin some, or serve with more: --memory 4GB",
                 )
+            for entry in going:
+                self._drop(entry)
+                self.counts.evictions += 1
+            piece = self._pieces.take(size)
             self._bytes += size
-            return self._pieces.take(size)
+            return piece
 
     def _drop(self, entry: _Entry) -> None:
         """Takes the version of a name out of use; its memory is free once nobody holds it."""
-        self._recent.pop(entry.name, None)
+        if self._entries.get(entry.name) is entry:
+            self._recent.pop(entry.name, None)
         resident, entry.resident = entry.resident, None
         if resident is not None and id(resident) not in self._holders:
             self._free(resident)

@@ -19,14 +19,17 @@ class Watch:
     def __init__(self, store: Store, directory: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self.store, self.directory, self._say = store, directory, say
         self._seen: dict[str, Stamp] = {}
-        self._tried: dict[str, Stamp] = {}
+        self._refused: dict[str, Stamp] = {}
+        """What a folder was like that could not be used, so that it is told once."""
+        self._mine: set[str] = set()
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def first_look(self) -> None:
         """Registers every folder that is there."""
         for name, folder in sorted(folders(self.directory)):
-            self._seen[name] = self._tried[name] = stamp(folder)
+            self._seen[name] = stamp(folder)
+            self._mine.add(name)
             self.store.register(name, folder)
 
     def look(self) -> None:
@@ -36,15 +39,17 @@ class Watch:
             stamps = {name: stamp(folder) for name, folder in found.items()}
             for name, now in stamps.items():
                 is_settled, self._seen[name] = self._seen.get(name) == now, now
-                if is_settled and now not in (self._tried.get(name), self.store.stamp_of(name)):
-                    self._tried[name] = now
-                    self._take_over(name, found[name])
+                if is_settled and now not in (self._refused.get(name), self.store.stamp_of(name)):
+                    self._mine.add(name)
+                    self._take_over(name, found[name], now)
             for name in [name for name in self._seen if name not in found]:
                 del self._seen[name]
-                if self._tried.pop(name, None) is not None:
+                self._refused.pop(name, None)
+                if name in self._mine:
+                    self._mine.remove(name)
                     self._forget(name)
 
-    def _take_over(self, name: str, folder: Path) -> None:
+    def _take_over(self, name: str, folder: Path, now: Stamp) -> None:
         try:
             if self.store.stamp_of(name) is not None and self.store.status(name).state == "resident":
                 self._say(f"{name}: replaced by {self.store.replace(name, folder).version}")
@@ -52,6 +57,7 @@ class Watch:
                 self.store.register(name, folder)
                 self._say(f"{name}: added")
         except TrimtabError as error:
+            self._refused[name] = now
             self._say(f"{name}: not replaced; {error.what}")
 
     def _forget(self, name: str) -> None:
@@ -68,8 +74,8 @@ class Watch:
             while not self._is_over.wait(every_s):
                 try:
                     self.look()
-                except OSError as error:
-                    self._say(f"the adapter directory cannot be read: {error}")
+                except Exception as error:  # what one look meets must not be the end of all looks
+                    self._say(f"the adapter directory could not be looked through: {error}")
 
         self._thread = threading.Thread(target=run, name="watch", daemon=True)
         self._thread.start()
