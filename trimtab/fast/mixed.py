@@ -321,10 +321,19 @@ def _take(memory: Tensor, begin: int, tensors: Mapping[str, Tensor], name: str, 
 
 
 def measure(width: int, dtype: torch.dtype, rank: int = 8) -> Costs:
-    """Times small products of the base's width for about 0.2 s.
+    """Times small products of the base's width on one core, as they will be computed, for about 0.2 s.
 
     Each cost is a line through two sizes: a call is what is left where there is nothing to compute.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(width, dtype, rank)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(width: int, dtype: torch.dtype, rank: int) -> Costs:
     with torch.inference_mode():
         short, long = 16, 512
         x, a = torch.randn(long, width).to(dtype), torch.randn(rank, width).to(dtype)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trimtab.errors import ArtefactError, DivergedError, ResourceError
+from trimtab.errors import ArtefactError, DataError, DivergedError, ResourceError
 from trimtab.fast import mixed
 from trimtab.fast.encoder import Encoder
 from trimtab.fast.workspace import Workspace
@@ -124,7 +124,7 @@ class Engine:
         self._rows = self._tokens = 0
         self._of_adapter: dict[str, int] = {}
         self._is_closing = False
-        self._tokens_per_s = 0.0
+        self._computed, self._took = 0.0, 0.0
         self._idle = 0
         self._beats = [time.monotonic()] * workers
         """When each thread took its batch; infinity while it waits."""
@@ -156,6 +156,7 @@ class Engine:
         Raises:
             OverloadedError: the queue is full, or one adapter's share of it.
             ArtefactError: a row has a token that the base has no vector for.
+            DataError: a row has no token.
             StoppingError: the server stops.
         """
         ticket = Ticket([None] * len(rows), len(rows), deadline)
@@ -164,7 +165,9 @@ class Engine:
             return ticket.done
         vocabulary = self.served.vocabulary
         for ids, resident in rows:
-            if len(ids) and int(ids.max()) >= vocabulary:
+            if not len(ids):
+                raise DataError("serve.empty", f'"{resident.name}" makes no token of a text.', mend="leave it out")
+            if int(ids.max()) >= vocabulary:
                 raise ArtefactError(
                     "adapter.tokens",
                     f'"{resident.name}" makes a token {int(ids.max()):,}, and the base has {vocabulary:,} vectors.',
@@ -203,6 +206,11 @@ class Engine:
             waiting = self._of_adapter.get(name, 0)
             if waiting and waiting + share > most:
                 raise OverloadedError(f'"{name}" fills its part of the queue: {waiting:,} tokens wait.', self.wait_s)
+
+    @property
+    def _tokens_per_s(self) -> float:
+        """The speed of all threads together, by the last batches; 0: none yet."""
+        return len(self._threads) * self._computed / self._took if self._took else 0.0
 
     @property
     def wait_s(self) -> float:
@@ -325,10 +333,11 @@ class Engine:
                     _fail(row.ticket, error)
             return
         took = time.monotonic() - begin
-        rate = len(self._threads) * sum(lengths) / max(took, 1e-9)
         totals = self.totals
         with self._wake:
-            self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
+            # Tokens and seconds apart: many batches of a few tokens say little of how fast a full one is.
+            self._computed = 0.9 * self._computed + sum(lengths)
+            self._took = 0.9 * self._took + took
             totals.batches += 1
             totals.rows += len(batch)
             totals.tokens += sum(lengths)

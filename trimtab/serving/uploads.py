@@ -81,7 +81,7 @@ def put(
             durable.sync_folder(directory)
             try:
                 return store.replace(name, target, if_generation=if_generation)
-            except TrimtabError:  # no room for it, or another generation: the folder is what it was
+            except BaseException:  # no room for it, another generation, whatever else: the folder is what it was
                 target.rename(draft)
                 if old.exists():
                     old.rename(target)
