@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -612,6 +613,27 @@ def test_a_folder_that_is_still_being_copied_is_left_alone(
     watch.look()
     watch.look()
     assert get(store, "e")
+
+
+def test_what_was_removed_or_put_by_hand_stays_so_until_its_folder_changes(store: Store, directory: Path) -> None:
+    watch = Watch(store, directory)
+    watch.first_look()
+    watch.remove("d")
+    uploads.put(store, directory, "e", files_of(directory / "a"))
+    watch.remove("e")  # before any look has seen it
+    put = store.replace("b", directory / "c")
+    for _ in range(3):
+        watch.look()
+    assert store.names() == ["a", "b", "c"]
+    assert get(store, "b") is put
+
+    os.utime(directory / "d")
+    (directory / "e").rename(directory / ".e")
+    watch.look()
+    (directory / ".e").rename(directory / "e")
+    for _ in range(2):
+        watch.look()
+    assert store.names() == ["a", "b", "c", "d", "e"]
 
 
 def test_what_the_command_line_named_is_not_the_directorys_to_forget(

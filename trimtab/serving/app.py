@@ -26,6 +26,7 @@ from trimtab.serving.metrics import Metrics
 from trimtab.serving.predicting import PAIR, AdapterName, Answers, ClientGoneError, kserve, tei, vllm
 from trimtab.serving.service import TOKENIZERS, Service
 from trimtab.serving.store import GenerationError, UnknownAdapterError
+from trimtab.serving.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ class Manners:
     limits: Limits = field(default_factory=Limits)
 
 
-def build(service: Service, manners: Manners, state: State, directory: Path | None) -> FastAPI:
+def build(service: Service, manners: Manners, state: State, watch: Watch | None) -> FastAPI:
     """The application.
 
     Args:
         service: What answers.
         manners: Tokens and limits.
         state: Whether it is ready, and whether it stops.
-        directory: Where adapters come from and uploads go; None: nowhere.
+        watch: Of the directory that adapters come from and uploads go to; None: there is none.
     """
     app = FastAPI(
         title="trimtab serve",
@@ -68,7 +69,7 @@ def build(service: Service, manners: Manners, state: State, directory: Path | No
     _operating(app, service, manners, state, metrics)
     _pages(app)
     if manners.admin:
-        changing(app, service, directory)
+        changing(app, service, watch)
     # Who can put nothing here has no use for the room of an upload.
     limits = manners.limits if manners.admin else replace(manners.limits, upload_bytes=manners.limits.body_bytes)
     app.add_middleware(Guard, tokens=manners.tokens, limits=limits, state=state)

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request
@@ -17,6 +16,7 @@ from trimtab.serving.formats import PatchAdapter, PutAdapter, failures
 from trimtab.serving.predicting import AdapterName
 from trimtab.serving.service import Service
 from trimtab.serving.store import GenerationError, Status, Store, UnknownAdapterError
+from trimtab.serving.watch import Watch
 
 
 def known(store: Store, request: Request, adapter: str) -> Status:
@@ -91,9 +91,10 @@ def listing(app: FastAPI, service: Service) -> None:
         return JSONResponse({"name": status.name, "ready": ready}, 200 if ready else 503)
 
 
-def changing(app: FastAPI, service: Service, directory: Path | None) -> None:
+def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
     """Routes that change adapters."""
     store = service.store
+    directory = watch.directory if watch else None
 
     def allowed(request: Request, adapter: str) -> None:
         caller: Token = request.state.caller
@@ -162,14 +163,15 @@ def changing(app: FastAPI, service: Service, directory: Path | None) -> None:
     @app.delete(
         "/v1/adapters/{adapter}",
         tags=["admin"],
-        summary="Forget an adapter; its folder stays",
+        summary="Forget an adapter; its folder stays, and is served again once it changes",
         responses=failures(403, 404, 412),
     )
     async def delete(
         request: Request, adapter: AdapterName, if_generation: Annotated[int | None, Query(ge=0)] = None
     ) -> dict[str, Any]:
         allowed(request, adapter)
-        store.remove(adapter, if_generation=if_generation)
+        remove = (watch or store).remove
+        await asyncio.get_running_loop().run_in_executor(None, lambda: remove(adapter, if_generation=if_generation))
         return {"name": adapter, "deleted": True}
 
 

@@ -107,7 +107,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             state.is_ready = True
             say(f"ready     http://{host}:{port}   (page at /, API at /docs; Ctrl-C stops)")
 
-        server = _Server(_config(build(service, manners, state, directory), options), state, ready)
+        server = _Server(_config(build(service, manners, state, watch), options), state, ready)
         asyncio.run(server.serve(sockets=[listening]))
         if watch is not None:
             watch.stop()

@@ -19,17 +19,15 @@ class Watch:
     def __init__(self, store: Store, directory: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self.store, self.directory, self._say = store, directory, say
         self._seen: dict[str, Stamp] = {}
-        self._refused: dict[str, Stamp] = {}
-        """What a folder was like that could not be used, so that it is told once."""
-        self._mine: set[str] = set()
+        self._settled: dict[str, Stamp] = {}
+        """What each folder was like when it was taken over, refused, or forgotten by its name: asked no second time."""
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def first_look(self) -> None:
         """Registers every folder that is there."""
         for name, folder in sorted(folders(self.directory)):
-            self._seen[name] = stamp(folder)
-            self._mine.add(name)
+            self._seen[name] = self._settled[name] = stamp(folder)
             self.store.register(name, folder)
 
     def look(self) -> None:
@@ -39,17 +37,23 @@ class Watch:
             stamps = {name: stamp(folder) for name, folder in found.items()}
             for name, now in stamps.items():
                 is_settled, self._seen[name] = self._seen.get(name) == now, now
-                if is_settled and now not in (self._refused.get(name), self.store.stamp_of(name)):
-                    self._mine.add(name)
-                    self._take_over(name, found[name], now)
+                if self.store.stamp_of(name) == now:  # an upload, or what was taken over
+                    self._settled[name] = now
+                elif is_settled and self._settled.get(name) != now:
+                    self._settled[name] = now
+                    self._take_over(name, found[name])
             for name in [name for name in self._seen if name not in found]:
                 del self._seen[name]
-                self._refused.pop(name, None)
-                if name in self._mine:
-                    self._mine.remove(name)
+                if self._settled.pop(name, None) is not None:
                     self._forget(name)
 
-    def _take_over(self, name: str, folder: Path, now: Stamp) -> None:
+    def remove(self, name: str, *, if_generation: int | None = None) -> None:
+        """Forgets a name as `Store.remove` does, until its folder changes."""
+        with self.store.directory_lock:
+            self.store.remove(name, if_generation=if_generation)
+            self._settled[name] = stamp(self.directory / name)
+
+    def _take_over(self, name: str, folder: Path) -> None:
         try:
             if self.store.stamp_of(name) is not None and self.store.status(name).state == "resident":
                 self._say(f"{name}: replaced by {self.store.replace(name, folder).version}")
@@ -57,7 +61,6 @@ class Watch:
                 self.store.register(name, folder)
                 self._say(f"{name}: added")
         except TrimtabError as error:
-            self._refused[name] = now
             self._say(f"{name}: not replaced; {error.what}")
 
     def _forget(self, name: str) -> None:
