@@ -1,6 +1,6 @@
 """Whether accuracy pays for speed: five seeds of the tutorial's recipe, ours, stock, and ours without base dropout.
 
-    python benchmarks/accuracy.py --keep DIR [--seeds 5]
+    python benchmarks/accuracy.py --keep DIR [--seeds 5] [--jobs 1]
 
 Every arm is trained on the same 1,000 IMDB reviews, its epoch chosen on the same 500, and judged here on the other
 4,500 of the evaluation file, which chose nothing. Differences are paired: of each seed, and of each row. The interval
@@ -8,11 +8,17 @@ is a bootstrap over rows (10,000 draws) of the difference in accuracy, averaged 
 1993, chapter 13: percentiles). The rule, fixed beforehand: an arm is no worse than stock if the lower end of its
 interval lies above -1.0 points.
 
-What has finished is kept in DIR, where training.py may have left it already: a second call goes on from there. Writes
-benchmarks/results/accuracy-KIND.json after every seed. Needs the extra `demo`. From nothing it takes hours.
+Which rows each run answered rightly is kept in benchmarks/results/accuracy-KIND.json, 4,500 bits a run: a second call, in
+another clone too, goes on from there, and from adapters that this script or training.py left in DIR. --jobs 2 trains two
+at a time with half of the cores each, which is quicker; times are not compared here. Needs the extra `demo`. From
+nothing it takes two hours on two AVX2 cores.
 """
 
 import argparse
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
-from record import kind, write
+from record import RESULTS, kind, write
 from training import SEED, train
 from transformers import AutoModelForSequenceClassification
 
@@ -30,8 +36,11 @@ from trimtab.classification import compute_logits
 from trimtab.config import MINILM, RuntimeSettings
 from trimtab.device import place
 from trimtab.hub import find_base
+from trimtab.machine import usable_cores
 
+Right = npt.NDArray[np.bool_]
 ARMS = ("ours", "stock", "ours, no base dropout")
+ROWS = 4_500
 MARGIN = -0.01
 DRAWS = 10_000
 
@@ -40,23 +49,35 @@ def judged(folder: Path) -> tokens.Encoded:
     """The 4,500 evaluation rows that chose no epoch, in tokens."""
     table = pq.read_table(demo.prepare(folder)[1])
     rest = table.take(np.random.default_rng(42).permutation(len(table))[500:])
+    assert len(rest) == ROWS
     tokenizer = tokens.from_base(find_base(MINILM).folder)
     return tokens.encode(rest["text"].to_pylist(), tokenizer, 256, rest["label"].to_pylist())
 
 
-def right(adapter: Path, rows: tokens.Encoded) -> npt.NDArray[np.bool_]:
+def right(adapter: Path, rows: tokens.Encoded) -> Right:
     """For each row whether the adapter's answer is right; every arm is loaded by peft and computed alike."""
-    kept = adapter.parent / "right.npy"
-    if not kept.is_file():
-        base = AutoModelForSequenceClassification.from_pretrained(str(find_base(MINILM).folder), num_labels=2)
-        model = PeftModel.from_pretrained(base, adapter)
-        engine = forward.choose(model, 0, torch.device("cpu"), RuntimeSettings(fast="on"))
-        np.save(kept, compute_logits(engine.forward, rows).argmax(1) == rows.labels)
-    found: npt.NDArray[np.bool_] = np.load(kept)
+    base = AutoModelForSequenceClassification.from_pretrained(str(find_base(MINILM).folder), num_labels=2)
+    model = PeftModel.from_pretrained(base, adapter)
+    engine = forward.choose(model, 0, torch.device("cpu"), RuntimeSettings(fast="on"))
+    found: Right = compute_logits(engine.forward, rows).argmax(1) == rows.labels
     return found
 
 
-def difference(arm: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> dict[str, Any]:
+def run(arm: str, seed: int, keep: Path) -> dict[str, Any]:
+    """Trains one arm with one seed and judges it: what the record keeps of a run."""
+    place(RuntimeSettings(device="cpu"))
+    adapter, result = train(arm, seed, keep)
+    answers = right(adapter, judged(keep))
+    return {
+        "arm": arm,
+        "seed": seed,
+        "accuracy": float(answers.mean()),
+        "right": np.packbits(answers).tobytes().hex(),
+        "commit": result["commit"],
+    }
+
+
+def difference(arm: Right, other: Right) -> dict[str, Any]:
     """Accuracy of `arm` less that of `other`, both bool[seeds, rows]: each seed's, their mean and its 95 % interval."""
     of_rows = arm.mean(0) - other.mean(0)
     rng = np.random.default_rng(0)
@@ -70,35 +91,44 @@ def difference(arm: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> dict
     }
 
 
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Differences to stock over the seeds that every arm has finished."""
+    answers = {
+        (one["arm"], one["seed"]): np.unpackbits(np.frombuffer(bytes.fromhex(one["right"]), np.uint8))[:ROWS] > 0
+        for one in runs
+    }
+    seeds = sorted({seed for _, seed in answers if all((arm, seed) in answers for arm in ARMS)})
+    if not seeds:
+        return {"seeds": seeds}
+    correct = {arm: np.stack([answers[arm, seed] for seed in seeds]) for arm in ARMS}
+    return {
+        "seeds": seeds,
+        "accuracy": {arm: [float(one) for one in found.mean(1)] for arm, found in correct.items()},
+        "less_stock": {arm: difference(correct[arm], correct["stock"]) for arm in ARMS if arm != "stock"},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--keep", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1)
     asked = parser.parse_args()
-    place(RuntimeSettings(device="cpu"))
-    rows = judged(asked.keep)
-    answers: dict[str, list[npt.NDArray[np.bool_]]] = {arm: [] for arm in ARMS}
-    commits = []
-    for seed in range(SEED, SEED + asked.seeds):
-        for arm in ARMS:
-            adapter, result = train(arm, seed, asked.keep)
-            commits.append(result["commit"])
-            answers[arm].append(right(adapter, rows))
-        correct = {arm: np.stack(found) for arm, found in answers.items()}
-        differences = {arm: difference(correct[arm], correct["stock"]) for arm in ARMS if arm != "stock"}
-        for arm, found in differences.items():
-            low, high = found["interval_95"]
-            print(f"{arm} less stock, {seed - SEED + 1} seeds: {found['mean']:+.4f} [{low:+.4f}, {high:+.4f}]")
-        write(
-            f"accuracy-{kind()}",
-            {
-                "seeds": seed - SEED + 1,
-                "rows": len(rows),
-                "accuracy": {arm: [float(one) for one in found.mean(1)] for arm, found in correct.items()},
-                "less_stock": differences,
-                "trained_at": sorted(set(commits)),
-            },
-        )
+    threads = max(1, usable_cores() // asked.jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are started here
+    name = f"accuracy-{kind()}"
+    file = RESULTS / f"{name}.json"
+    runs: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))["runs"] if file.is_file() else []
+    done = {(one["arm"], one["seed"]) for one in runs}
+    missing = [(arm, seed) for seed in range(SEED, SEED + asked.seeds) for arm in ARMS if (arm, seed) not in done]
+    demo.prepare(asked.keep)  # once, before several need it
+    with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
+        for found in as_completed([pool.submit(run, arm, seed, asked.keep) for arm, seed in missing]):
+            runs = sorted([*runs, found.result() | {"threads": threads}], key=lambda one: (one["seed"], one["arm"]))
+            write(name, {**summary(runs), "rows": ROWS, "runs": runs})
+    for arm, one in summary(runs).get("less_stock", {}).items():
+        low, high = one["interval_95"]
+        print(f"{arm} less stock: {one['mean']:+.4f} [{low:+.4f}, {high:+.4f}], each seed {one['of_each_seed']}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 import torch
 from evidence import rotten
 from peft import LoraConfig, PeftModel, get_peft_model
-from record import RESULTS, kind, write
+from record import RESULTS, commit, kind, write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trimtab import adopt, demo, hub, predict
@@ -619,7 +619,7 @@ def main() -> None:
     found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     parts = found.get("parts", {})
     for name in given.parts.split(","):
-        parts[name] = PARTS[name](given.keep, base, given.rounds)
+        parts[name] = {"commit": commit(), **PARTS[name](given.keep, base, given.rounds)}
         ratios = {key: value for one in parts.values() for key, value in one["ratios"].items()}
         write(f"serving-{kind()}", {"rounds": given.rounds, "parts": parts, "ratios": ratios})
 

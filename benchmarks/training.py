@@ -49,6 +49,7 @@ def train(side: str, seed: int, keep: Path) -> tuple[Path, dict[str, Any]]:
     if side.startswith("ours"):
         command = [sys.executable, "-m", "trimtab", "train", files[0], "--eval", files[1], "--recipe", "tutorial"]
         command += ["--base", MINILM, "--set", f"train.seed={seed}", "--out", str(folder), *SIDES[side]]
+        command += ["--set", "train.baselines=false"]  # stock has none
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
         found = {key: metrics[key] for key in _KEPT}
