@@ -8,9 +8,9 @@ is a bootstrap over rows (10,000 draws) of the difference in accuracy, averaged 
 1993, chapter 13: percentiles). The rule, fixed beforehand: an arm is no worse than stock if the lower end of its
 interval lies above -1.0 points.
 
-Which rows each run answered rightly is kept in benchmarks/results/accuracy-KIND.json, 4,500 bits a run: a second call, in
-another clone too, goes on from there, and from adapters that this script or training.py left in DIR. --jobs 2 trains two
-at a time with half of the cores each, which is quicker; times are not compared here. Needs the extra `demo`. From
+Which rows each run answered rightly is kept in benchmarks/results/accuracy-KIND.json, 4,500 bits a run: a second call,
+in another clone too, goes on from there, and from adapters that this script or training.py left in DIR. --jobs 2 trains
+two at a time with half of the cores each, which is quicker; times are not compared here. Needs the extra `demo`. From
 nothing it takes two hours on two AVX2 cores.
 """
 
