@@ -41,13 +41,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from record import RESULTS, commit, kind, write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from trimtab import adopt, demo, hub, predict
+from trimtab import adopt, demo, hub, predict, tokens
 from trimtab.config import MINILM, RuntimeSettings
 from trimtab.device import place
 from trimtab.serving.base import load_base
 from trimtab.serving.engine import Engine
 from trimtab.serving.service import Item, Service
 from trimtab.serving.store import Store
+from trimtab.tokens import Encoded
 
 DISTINCT = 100  # adapters with numbers of their own
 RESIDENT = 10_000
@@ -221,6 +222,33 @@ def spread(texts_: Sequence[str], names: Sequence[str], count: int, seed: int = 
     return [Item(str(rng.choice(names)), texts_[i % len(texts_)]) for i in range(count)]
 
 
+def product_rate() -> float:
+    """FLOP/s of plain products of a batch's shape, each core computing its own, as the server does."""
+    x, w, times = torch.randn(1_024, 384), torch.randn(1_536, 384), 60
+
+    def work() -> None:
+        torch.set_num_threads(1)  # holds for this thread
+        for _ in range(times):
+            x @ w.t()
+
+    threads = [threading.Thread(target=work) for _ in range(place(RuntimeSettings()).threads)]
+    begin = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(threads) * times * 2 * 1_024 * 1_536 * 384 / (time.perf_counter() - begin)
+
+
+def needed_flops(encoded: Encoded) -> float:
+    """The products of MiniLM's own weights for some texts: the last layer for keys, values and first tokens only."""
+    tokens_, width, inner, layers = len(encoded.ids), 384, 1_536, 6
+    whole = 8 * width * width + 4 * width * inner
+    return float(
+        (layers - 1) * tokens_ * whole + tokens_ * 4 * width * width + len(encoded) * (whole - 4 * width * width)
+    )
+
+
 # -- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -237,13 +265,23 @@ def against_peft(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     assert difference(theirs.grouped(check), exact) < 1e-4
     few, many = spread(short, names, TEXTS // 8), spread(short, names, TEXTS)
     rates = race({"ours": (ours, many), "one": (theirs.one_by_one, few), "grouped": (theirs.grouped, many)}, rounds)
+    encoded = tokens.encode([item.text for item in many], tokens.from_base(Path(base)), CUT)
+    shares = []
+    for _ in range(rounds):
+        before = product_rate()
+        begin = time.perf_counter()
+        ours(many)
+        took = time.perf_counter() - begin
+        shares.append(needed_flops(encoded) / took / statistics.mean((before, product_rate())))
     ours.close()
     return {
         "texts_per_s": rates,
         "largest_difference": parity,
+        "share_of_product_rate": shares,
         "ratios": {
             "100 adapters, short texts, against set_adapter for each": ratio(rates, "ours", "one"),
             "100 adapters, short texts, against peft grouped by adapter": ratio(rates, "ours", "grouped"),
+            "the base's own products of ours, share of the plain product rate": statistics.median(shares),
         },
     }
 
@@ -402,11 +440,11 @@ def post(connection: http.client.HTTPConnection, items: Sequence[Item]) -> tuple
     return response.status, json.loads(data), response.headers
 
 
-def over_http(server: Server) -> Callable[[Sequence[Item]], None]:
-    """Requests of 32 texts over eight connections."""
+def over_http(server: Server, *, size: int = REQUEST, connections: int = 8) -> Callable[[Sequence[Item]], None]:
+    """Requests of `size` texts over some connections, each sending its next one when it has an answer."""
 
     def run(items: Sequence[Item]) -> None:
-        parts = iter([items[i : i + REQUEST] for i in range(0, len(items), REQUEST)])
+        parts = iter([items[i : i + size] for i in range(0, len(items), size)])
         lock = threading.Lock()
 
         def work() -> None:
@@ -419,7 +457,7 @@ def over_http(server: Server) -> Callable[[Sequence[Item]], None]:
                 status, _, _ = post(connection, part)
                 assert status == 200, status
 
-        threads = [threading.Thread(target=work) for _ in range(8)]
+        threads = [threading.Thread(target=work) for _ in range(connections)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -467,16 +505,19 @@ def evicting(keep: Path, base: str, rounds: int) -> dict[str, Any]:
 
 
 def overload(keep: Path, base: str, rounds: int) -> dict[str, Any]:
-    """Twice what the server can do, for a minute: open loop, requests of 8 texts at even distances."""
+    """Twice what the server can do, for a minute: open loop, requests of 8 texts at even distances.
+
+    The peak is that of requests of the same size, 32 of them under way.
+    """
     folders, short = adapters(keep, base), texts(keep)["short"]
-    names = [folder.name for _, folder in folders]
-    server = Server("--adapter-dir", str(keep / "ours"))
-    items = spread(short, names, 4_096)
-    over_http(server)(items[:TEXTS])
-    begin = time.perf_counter()
-    over_http(server)(items[: 2 * TEXTS])
-    peak = 2 * TEXTS / (time.perf_counter() - begin)
+    items = spread(short, [folder.name for _, folder in folders], 4_096)
     size = 8
+    server = Server("--adapter-dir", str(keep / "ours"))
+    closed_loop = over_http(server, size=size, connections=32)
+    closed_loop(items[:TEXTS])
+    begin = time.perf_counter()
+    closed_loop(items[: 2 * TEXTS])
+    peak = 2 * TEXTS / (time.perf_counter() - begin)
     gap = size / (2 * peak)
     total = int(OVERLOAD_S / gap)
     answered: list[tuple[float, float]] = []
@@ -487,7 +528,6 @@ def overload(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     origin = time.perf_counter() + 1
 
     def work() -> None:
-        connection = server.connect()
         while True:
             with lock:
                 i = next(numbers, None)
@@ -495,12 +535,14 @@ def overload(keep: Path, base: str, rounds: int) -> dict[str, Any]:
                 return
             time.sleep(max(0.0, origin + i * gap - time.perf_counter()))
             at = time.perf_counter()
+            connection = server.connect()  # each its own: one that idles is closed by the server after 30 s
             try:
                 status, _, headers = post(connection, items[(i * size) % 4_000 :][:size])
             except (OSError, http.client.HTTPException) as error:
                 lost.append(repr(error))
-                connection = server.connect()
                 continue
+            finally:
+                connection.close()
             took = time.perf_counter() - at
             if status == 200:
                 answered.append((time.perf_counter() - origin, took))
@@ -509,7 +551,8 @@ def overload(keep: Path, base: str, rounds: int) -> dict[str, Any]:
             else:
                 lost.append(status)
 
-    threads = [threading.Thread(target=work) for _ in range(2_000)]
+    # As many as may wait at a time: by the queue's 10 s and twice that for those that wait longest.
+    threads = [threading.Thread(target=work) for _ in range(int(20 / gap))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -524,9 +567,8 @@ def overload(keep: Path, base: str, rounds: int) -> dict[str, Any]:
         "refused": len(refused),
         "lost": lost[:5],
         "until_s": until,
-        "answer_p99_s": float(np.percentile([took for _, took in answered], 99)),
-        "refusal_p50_s": float(np.percentile(refused, 50)) if refused else None,
-        "refusal_p99_s": float(np.percentile(refused, 99)) if refused else None,
+        "answer_s": {f"p{p}": float(np.percentile([took for _, took in answered], p)) for p in (50, 99)},
+        "refusal_s": {f"p{p}": float(np.percentile(refused, p)) for p in (50, 95, 99)} if refused else None,
         "ratios": {"goodput at twice the load, of the peak": goodput / peak, "requests lost": float(len(lost))},
     }
 

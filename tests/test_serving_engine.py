@@ -1,10 +1,11 @@
 """The queue: batches of similar length, limits, deadlines, faults that stay with their rows, an end in good order."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from trimtab.hub import find_base
 from trimtab.serving.base import Resident, ServedBase, load_base, place, read
 from trimtab.serving.engine import DeadlineError, Engine, Limits, OverloadedError, StoppingError
 from trimtab.serving.memory import Pieces
+from trimtab.serving.service import Item, Service
+from trimtab.serving.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +141,17 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(
 def test_a_queue_that_takes_too_long_is_full(
     made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
 ) -> None:
-    engine, one = start(queue_s=0.001), made[1][0]
+    engine, one = start(queue_s=0.001, batch_tokens=100), made[1][0]
     held.go.set()
-    engine.submit([(row(5), one)]).result(10)  # from now on its speed is known
+    engine.submit([(row(5), one)]).result(10)
+    held.go.clear()
+    held.began.clear()
+    engine.submit([(row(5), one)])
+    assert held.began.wait(10)
+    full = engine.submit([(row(50), one)] * 2)
+    assert not engine.is_full  # a few tokens tell no speed
+    held.go.set()
+    full.result(10)  # and a full batch does
     held.go.clear()
     held.began.clear()
     engine.submit([(row(5), one)])
@@ -152,6 +163,16 @@ def test_a_queue_that_takes_too_long_is_full(
     held.go.set()
     assert len(large.result(20)) == 100
     assert not engine.is_full
+
+
+def test_what_is_refused_costs_no_adapter_and_no_tokens() -> None:
+    class Full:
+        def check_full(self) -> None:
+            raise OverloadedError("The queue is full.", 3.0)
+
+    service = Service(cast(Store, None), cast(Engine, Full()))
+    with pytest.raises(OverloadedError):
+        asyncio.run(service.answer([Item("reviews", "a fine film")]))
 
 
 def test_one_adapter_cannot_fill_the_queue(

@@ -192,15 +192,23 @@ class Engine:
             self._wake.notify_all()
         return ticket.done
 
-    def _check_room(self, tokens: int, rows: int, shares: dict[str, int]) -> None:
-        limits, speed = self.limits, self._tokens_per_s
+    def check_full(self, tokens: int = 0, rows: int = 0) -> None:
+        """Refuses what has no room; with nothing more to take in, whatever comes, before its tokens are made.
+
+        Raises:
+            OverloadedError: the queue is full.
+        """
+        limits = self.limits
         too_many = self._tokens + tokens > limits.queue_tokens or self._rows + rows > limits.queue_rows
-        # Without the new rows: a large request must have its chance beside many small ones.
-        too_long = bool(speed) and self._tokens > limits.queue_s * speed
-        if self._rows and (too_many or too_long):
+        # How long it waits is judged without the new rows: a large request must have its chance beside many small ones.
+        if self._rows and (too_many or self.is_full):
             raise OverloadedError(
                 f"The queue is full: {self._rows:,} texts of {self._tokens:,} tokens wait.", self.wait_s
             )
+
+    def _check_room(self, tokens: int, rows: int, shares: dict[str, int]) -> None:
+        self.check_full(tokens, rows)
+        limits, speed = self.limits, self._tokens_per_s
         most = limits.adapter_share * min(limits.queue_tokens, limits.queue_s * speed or limits.queue_tokens)
         for name, share in shares.items():
             waiting = self._of_adapter.get(name, 0)
@@ -209,8 +217,13 @@ class Engine:
 
     @property
     def _tokens_per_s(self) -> float:
-        """The speed of all threads together, by the last batches; 0: none yet."""
-        return len(self._threads) * self._computed / self._took if self._took else 0.0
+        """The speed of all threads together, by the last batches; 0: not known yet.
+
+        One full batch must be among them: the first few texts of a server that still reads adapters were ten times
+        slower than what came after, and 256 texts were refused.
+        """
+        is_known = self._computed >= self.limits.batch_tokens
+        return len(self._threads) * self._computed / self._took if is_known else 0.0
 
     @property
     def wait_s(self) -> float:

@@ -78,6 +78,7 @@ class Service:
                 where=f"input {halves[0]}, counted from 0",
                 mend="write this text again",
             )
+        self.engine.check_full()
         waiting: dict[str, Future[Resident]] = {}
         try:
             async with asyncio.timeout(None if timeout_s == float("inf") else timeout_s):
