@@ -11,7 +11,7 @@ interval lies above -1.0 points.
 Which rows each run answered rightly is kept in benchmarks/results/accuracy-KIND.json, 4,500 bits a run: a second call,
 in another clone too, goes on from there, and from adapters that this script or training.py left in DIR. --jobs 2 trains
 two at a time with half of the cores each, which is quicker; times are not compared here. Needs the extra `demo`. From
-nothing it takes two hours on two AVX2 cores.
+nothing it takes three hours on two AVX2 cores.
 """
 
 import argparse

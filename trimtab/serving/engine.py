@@ -219,8 +219,8 @@ class Engine:
     def _tokens_per_s(self) -> float:
         """The speed of all threads together, by the last batches; 0: not known yet.
 
-        One full batch must be among them: the first few texts of a server that still reads adapters were ten times
-        slower than what came after, and 256 texts were refused.
+        One full batch must be among them: by the first few texts alone, computed while adapters were read, a cold
+        server refused 256 texts.
         """
         is_known = self._computed >= self.limits.batch_tokens
         return len(self._threads) * self._computed / self._took if is_known else 0.0
