@@ -15,7 +15,6 @@ nothing it takes three hours on two AVX2 cores.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,7 +26,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
-from record import RESULTS, kind, write
+from record import kind, packed, read, unpacked, write
 from training import SEED, train
 from transformers import AutoModelForSequenceClassification
 
@@ -72,7 +71,7 @@ def run(arm: str, seed: int, keep: Path) -> dict[str, Any]:
         "arm": arm,
         "seed": seed,
         "accuracy": float(answers.mean()),
-        "right": np.packbits(answers).tobytes().hex(),
+        "right": packed(answers),
         "commit": result["commit"],
     }
 
@@ -93,14 +92,11 @@ def difference(arm: Right, other: Right) -> dict[str, Any]:
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Differences to stock over the seeds that every arm has finished."""
-    answers = {
-        (one["arm"], one["seed"]): np.unpackbits(np.frombuffer(bytes.fromhex(one["right"]), np.uint8))[:ROWS] > 0
-        for one in runs
-    }
+    answers = {(one["arm"], one["seed"]): one["right"] for one in runs}
     seeds = sorted({seed for _, seed in answers if all((arm, seed) in answers for arm in ARMS)})
     if not seeds:
         return {"seeds": seeds}
-    correct = {arm: np.stack([answers[arm, seed] for seed in seeds]) for arm in ARMS}
+    correct = {arm: unpacked([answers[arm, seed] for seed in seeds], ROWS) for arm in ARMS}
     return {
         "seeds": seeds,
         "accuracy": {arm: [float(one) for one in found.mean(1)] for arm, found in correct.items()},
@@ -117,8 +113,7 @@ def main() -> None:
     threads = max(1, usable_cores() // asked.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are started here
     name = f"accuracy-{kind()}"
-    file = RESULTS / f"{name}.json"
-    runs: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))["runs"] if file.is_file() else []
+    runs: list[dict[str, Any]] = read(name).get("runs", [])
     done = {(one["arm"], one["seed"]) for one in runs}
     missing = [(arm, seed) for seed in range(SEED, SEED + asked.seeds) for arm in ARMS if (arm, seed) not in done]
     demo.prepare(asked.keep)  # once, before several need it

@@ -1,41 +1,49 @@
 """The `default` recipe on six tasks, over seeds, against the `tutorial` settings, its baselines and other rates.
 
     python benchmarks/evidence.py [--banking77 DIR] [--keep DIR] [--tasks NAME,...] [--seeds 5] [--arms NAME,...]
+                                  [--jobs 1]
 
 Every seed draws its own rows, or their order where all are taken, in a file that all arms share. Sealed rows are the
 same for all and choose nothing: epoch and temperature come from a tenth of the training rows. DIR of banking77 holds
-train.csv and test.csv. What has finished is kept in the folder of --keep: a second call goes on from there, with more
-tasks, arms or seeds. Writes benchmarks/results/evidence-KIND.json, KIND = bf16 or avx2, and prints the table.
-Needs the extra `demo`.
+train.csv and test.csv.
+
+What has finished stands in benchmarks/results/evidence-KIND.json, KIND = bf16 or avx2, with a bit for every sealed row:
+a second call, in another clone too, goes on from there with more tasks, arms or seeds, and trains again what a changed
+recipe makes another run. --jobs 2 trains two at a time with half of the cores each. Prints the table. Needs the extra
+`demo`.
 """
 
 import argparse
 import csv
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from record import commit, kind, write
+from record import commit, kind, packed, read, unpacked, write
 
-from trimtab import demo
+from trimtab import config, demo
 from trimtab.comparison import read_answers
 from trimtab.config import MINILM
 from trimtab.data import read_table
+from trimtab.machine import usable_cores
 from trimtab.paired import mean_over_seeds, paired_over_seeds
 
 TASKS = ("rotten-1000", "banking77-10", "imdb-1000", "rotten-6800", "banking77-full", "imdb-20000")
-ARMS: dict[str, tuple[str, ...]] = {
-    "default": ("--recipe", "default"),
-    "tutorial": ("--recipe", "tutorial", "--set", "data.limit_train=0", "--set", "data.limit_eval=0"),
+ARMS: dict[str, tuple[str, ...]] = {  # a shipped recipe, and what is set beside it
+    "default": ("default",),
+    "tutorial": ("tutorial", "data.limit_train=0", "data.limit_eval=0"),
     **{
-        f"rate-{rate}": ("--recipe", "default", "--set", f"train.learning_rate={rate}")
+        f"rate-{rate}": ("default", f"train.learning_rate={rate}")
         for rate in ("2.5e-4", "5e-4", "2e-3", "4e-3")  # 1e-3 is the default's own
     },
 }
@@ -99,51 +107,63 @@ def _save(file: Path, rows: Rows) -> None:
     draft.replace(file)
 
 
-def trial(task: str, arm: str, seed: int, keep: Path, banking77: Path | None) -> dict[str, Any]:
-    """The figures of one run; trained now, unless that was done before."""
-    run = keep / task / arm / str(seed)
-    told = run / "trial.json"
-    if not told.is_file():
-        train, sealed = data(task, seed, keep, banking77)
-        command = [sys.executable, "-m", "trimtab", "train"]
-        if (run / "recipe.toml").is_file():
-            command += ["--resume", str(run)]
-        else:
-            command += [str(train), "--test", str(sealed), "--base", MINILM, "--out", str(run), *ARMS[arm]]
-            command += ["--set", f"train.seed={seed}", "--set", f"data.seed={seed}"]
-            command += [] if arm == "default" else ["--set", "train.baselines=false"]
-        run.parent.mkdir(parents=True, exist_ok=True)
-        with (run.parent / f"{seed}.log").open("ab") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log)
-        metrics = json.loads((run / "metrics.json").read_text("utf-8"))
-        keys = ("accuracy", "macro_f1", "chosen_on_accuracy", "epoch", "train_seconds", "calibration", "baselines")
-        found = {key: metrics[key] for key in keys if key in metrics}
-        recipe = [line for line in (run / "recipe.toml").read_text("utf-8").splitlines() if "/" not in line]
-        found |= {"recipe_sha256": hashlib.sha256("\n".join(recipe).encode()).hexdigest(), "commit": commit()}
-        told.write_text(json.dumps(found | {"kind": kind()}), "utf-8")
-    return dict(json.loads(told.read_text("utf-8")))
+def recipe_sha256(arm: str) -> str:
+    """Of every setting of an arm, defaults included."""
+    recipe, *settings = ARMS[arm]
+    return hashlib.sha256(config.assemble(recipe, {}, settings).recipe.model_dump_json().encode()).hexdigest()
 
 
-def right(task: str, arm: str, seeds: Sequence[int], keep: Path) -> Any:
+def trial(task: str, arm: str, seed: int, keep: Path, banking77: Path | None, threads: int) -> dict[str, Any]:
+    """Trains one run, or goes on with it, and gives what the record keeps of it."""
+    sha256 = recipe_sha256(arm)
+    run = keep / task / arm / f"{seed}-{sha256[:8]}"
+    train, sealed = data(task, seed, keep, banking77)
+    recipe, *settings = ARMS[arm]
+    command = [sys.executable, "-m", "trimtab", "train"]
+    if (run / "recipe.toml").is_file():
+        command += ["--resume", str(run)]
+    else:
+        shutil.rmtree(run, ignore_errors=True)
+        command += [str(train), "--test", str(sealed), "--base", MINILM, "--out", str(run), "--recipe", recipe]
+        settings += [f"train.seed={seed}", f"data.seed={seed}"]
+        settings += [] if arm == "default" else ["train.baselines=false"]
+        command += [part for setting in settings for part in ("--set", setting)]
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with run.with_name(run.name + ".log").open("ab") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    keys = ("accuracy", "macro_f1", "chosen_on_accuracy", "epoch", "train_seconds", "calibration", "baselines")
+    answers = read_answers(run).rows
+    return {
+        **{key: metrics[key] for key in keys if key in metrics},
+        "recipe_sha256": sha256,
+        "commit": commit(),
+        "threads": threads,
+        "rows": len(answers.truth),
+        "right": packed(answers.told == answers.truth),
+    }
+
+
+def right(trials: dict[str, Any], seeds: Sequence[int]) -> Any:
     """Which sealed rows were answered rightly: bool[seeds, n]."""
-    answers = [read_answers(keep / task / arm / str(seed)) for seed in seeds]
-    return np.stack([one.rows.told == one.rows.truth for one in answers])
+    chosen = [trials[str(seed)] for seed in seeds]
+    return unpacked([one["right"] for one in chosen], chosen[0]["rows"])
 
 
-def summary(task: str, found: dict[str, dict[str, Any]], keep: Path) -> dict[str, Any]:
+def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the trials of a task come to: means, intervals, differences to the default."""
     lines: dict[str, Any] = {}
     own = sorted(map(int, found["default"]))
     for arm, trials in found.items():
         seeds = sorted(map(int, trials))
-        mean, ci95 = mean_over_seeds(right(task, arm, seeds, keep).astype(float))
+        mean, ci95 = mean_over_seeds(right(trials, seeds).astype(float))
         accuracies = [trials[str(seed)]["accuracy"] for seed in seeds]
         lines[arm] = {"seeds": len(seeds), "accuracy": mean, "ci95": ci95, "lowest": min(accuracies)}
         if len(seeds) > 1:
             lines[arm]["std"] = float(np.std(accuracies, ddof=1))
         both = [seed for seed in seeds if seed in own]
         if arm != "default" and both:
-            difference, ci95 = paired_over_seeds(right(task, "default", both, keep), right(task, arm, both, keep))
+            difference, ci95 = paired_over_seeds(right(found["default"], both), right(trials, both))
             lines[arm] |= {"default_minus_this": difference, "difference_ci95": ci95}
     for name in ("tfidf", "probe"):
         beside = [found["default"][str(seed)]["baselines"][name]["accuracy"] for seed in own]
@@ -184,27 +204,31 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS[:5]))
     parser.add_argument("--arms", default="default,tutorial")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
-    arms = given.arms.split(",")
-    for task in given.tasks.split(","):
-        for seed in range(given.seeds):
-            for arm in arms:
-                found = trial(task, arm, seed, given.keep, given.banking77)
-                print(f"{task} {arm} seed {seed}: {found['accuracy']:.4f}", flush=True)
-    done = {
-        task: {
-            arm: {
-                file.parent.name: json.loads(file.read_text("utf-8"))
-                for file in sorted((given.keep / task / arm).glob("*/trial.json"))
-            }
-            for arm in ARMS
-            if list((given.keep / task / arm).glob("*/trial.json"))
-        }
-        for task in TASKS
-    }
-    tables = {task: summary(task, found, given.keep) for task, found in done.items() if "default" in found}
-    write(f"evidence-{kind()}", {"tasks": tables, "trials": done})
-    print("\n".join(markdown(tables)))
+    name, threads = f"evidence-{kind()}", max(1, usable_cores() // given.jobs)
+    trials: dict[str, Any] = read(name).get("trials", {})
+    for arms in trials.values():
+        for arm in arms:
+            arms[arm] = {seed: one for seed, one in arms[arm].items() if one["recipe_sha256"] == recipe_sha256(arm)}
+    missing = [
+        (task, arm, seed)
+        for task in given.tasks.split(",")
+        for seed in range(given.seeds)
+        for arm in given.arms.split(",")
+        if str(seed) not in trials.get(task, {}).get(arm, {})
+    ]
+    for task, _, seed in missing:
+        data(task, seed, given.keep, given.banking77)  # one after another: arms share them
+    with ThreadPoolExecutor(given.jobs) as pool:
+        futures = {pool.submit(trial, *one, given.keep, given.banking77, threads): one for one in missing}
+        for done in as_completed(futures):
+            task, arm, seed = futures[done]
+            trials.setdefault(task, {}).setdefault(arm, {})[str(seed)] = done.result()
+            tables = {task: summary(arms) for task, arms in trials.items() if arms.get("default")}
+            write(name, {"tasks": tables, "trials": trials})
+            print(f"{task} {arm} seed {seed}: {trials[task][arm][str(seed)]['accuracy']:.4f}", flush=True)
+    print("\n".join(markdown(read(name).get("tasks", {}))))
 
 
 if __name__ == "__main__":

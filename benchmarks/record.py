@@ -2,8 +2,12 @@
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from trimtab import rundir
 from trimtab.machine import has_bf16, processor
@@ -20,6 +24,22 @@ def commit() -> str:
     """The commit of the code that runs, `-dirty` where files differ from it."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
     return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+
+
+def read(name: str) -> dict[str, Any]:
+    """What stands in results/NAME.json; nothing where there is no such file."""
+    file = RESULTS / f"{name}.json"
+    return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+
+
+def packed(right: npt.NDArray[np.bool_]) -> str:
+    """Which rows were answered rightly, bool[n], a bit each."""
+    return np.packbits(right).tobytes().hex()
+
+
+def unpacked(rights: Sequence[str], rows: int) -> npt.NDArray[np.bool_]:
+    """bool[len(rights), rows] of what `packed` made of each."""
+    return np.stack([np.unpackbits(np.frombuffer(bytes.fromhex(one), np.uint8))[:rows] > 0 for one in rights])
 
 
 def write(name: str, found: dict[str, Any]) -> None:
