@@ -1,12 +1,13 @@
 """Prediction: trimtab against stock transformers and peft, onnxruntime and OpenVINO. 15 minutes on two AVX2 cores.
 
     pip install onnx onnxscript onnxruntime openvino
-    python benchmarks/inference.py [--rounds 3]
+    python benchmarks/inference.py [--rounds 3] [--parts reviews,fresh]
 
 An adapter is trained first on a few rows: speed does not depend on what it learned. Then, every side once a round:
 2,000 IMDB reviews cut at 256 tokens, texts to labels; and a fresh process to five answers. Stock runs unmerged in
 batches of 32 in the order of the file; onnxruntime (float32 and dynamic int8) and OpenVINO run the merged model over
-the same length-sorted batches as trimtab. Writes benchmarks/results/inference-KIND.json. Needs the extra `demo`.
+the same length-sorted batches as trimtab. Writes benchmarks/results/inference-KIND.json, a part as soon as it is done.
+Needs the extra `demo`.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch
 from few_rows import trained_on_a_few_rows
 from onnxruntime.quantization import quantize_dynamic
 from peft import PeftModel
-from record import kind, write
+from record import commit, kind, read, write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
@@ -113,63 +114,82 @@ def runtimes(folder: Path, adapter: Path, base: str, classifier: trimtab.Classif
     }
 
 
-def fresh(*command: str) -> float:
-    """Seconds of a command in a process of its own."""
+def reviews(run: trimtab.Run, evaluation: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """2,000 reviews, texts to labels."""
+    classifier = trimtab.load(run.path)
+    base = str(classifier.base.folder)
+    texts = pq.read_table(evaluation)["text"].to_pylist()[:2_000]
+    sides: dict[str, Side] = {
+        "ours": classifier.predict,
+        "stock": stock(run.adapter, base),
+        **runtimes(folder, run.adapter, base, classifier),
+    }
+    index = classifier.labels.index()
+    expected = np.array([index[answer.label] for answer in classifier.predict(texts[:200])])
+    agreement = {name: float(np.mean(side(texts[:200]) == expected)) for name, side in sides.items() if name != "ours"}
+    found = [
+        {name: seconds(lambda side=side: side(texts)) for name, side in sides.items()}  # type: ignore[misc]
+        for _ in range(rounds)
+    ]
+    others = [name for name in sides if name not in ("ours", "stock")]
+    return {
+        "ratios": {
+            "2,000 reviews, texts to labels, against stock": median(found, "stock"),
+            **{f"the same against {name}": median(found, name) for name in others},
+        },
+        "threads": torch.get_num_threads(),
+        "versions_of_runtimes": {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__},
+        "same_label_as_ours_on_200_rows": agreement,
+        "rounds": found,
+    }
+
+
+def fresh(run: trimtab.Run, evaluation: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """A process of its own to five answers, four times a round."""
+    five = [str(run.adapter), *demo.SENTENCES.values()]
+    commands = {
+        "ours": [sys.executable, "-m", "trimtab", "predict", *five],
+        "stock": [sys.executable, str(HERE / "stock_predict.py"), *five],
+    }
+    found = []
+    for _ in range(4 * rounds):
+        found.append(
+            {
+                name: seconds(lambda command=command: subprocess.run(command, check=True, capture_output=True))  # type: ignore[misc]
+                for name, command in commands.items()
+            }
+        )
+    return {"ratios": {"a fresh process to five answers, against stock": median(found, "stock")}, "rounds": found}
+
+
+def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work()
     return time.perf_counter() - began
+
+
+def median(rounds: list[dict[str, float]], slow: str) -> float:
+    """Of the ratios within rounds."""
+    return statistics.median(one[slow] / one["ours"] for one in rounds)
+
+
+PARTS = {"reviews": reviews, "fresh": fresh}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", default=",".join(PARTS))
     asked = parser.parse_args()
+    name = f"inference-{kind()}"
+    parts = read(name).get("parts", {})
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         run, evaluation = trained_on_a_few_rows(folder)
-        classifier = trimtab.load(run.path)
-        base = str(classifier.base.folder)
-        texts = pq.read_table(evaluation)["text"].to_pylist()[:2_000]
-        sides: dict[str, Side] = {
-            "ours": classifier.predict,
-            "stock": stock(run.adapter, base),
-            **runtimes(folder, run.adapter, base, classifier),
-        }
-        index = classifier.labels.index()
-        expected = np.array([index[answer.label] for answer in classifier.predict(texts[:200])])
-        agreement = {
-            name: float(np.mean(side(texts[:200]) == expected)) for name, side in sides.items() if name != "ours"
-        }
-        rounds = []
-        for _ in range(asked.rounds):
-            one: dict[str, float] = {}
-            for name, side in sides.items():
-                began = time.perf_counter()
-                side(texts)
-                one[name] = time.perf_counter() - began
-            five = list(demo.SENTENCES.values())
-            one["fresh, ours"] = fresh(sys.executable, "-m", "trimtab", "predict", str(run.adapter), *five)
-            one["fresh, stock"] = fresh(sys.executable, str(HERE / "stock_predict.py"), str(run.adapter), *five)
-            rounds.append(one)
-
-        def median(slow: str, quick: str) -> float:
-            return statistics.median(one[slow] / one[quick] for one in rounds)
-
-        others = [name for name in sides if name not in ("ours", "stock")]
-        write(
-            f"inference-{kind()}",
-            {
-                "ratios": {
-                    "2,000 reviews, texts to labels, against stock": median("stock", "ours"),
-                    **{f"the same against {name}": median(name, "ours") for name in others},
-                    "a fresh process to five answers, against stock": median("fresh, stock", "fresh, ours"),
-                },
-                "threads": torch.get_num_threads(),
-                "versions_of_runtimes": {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__},
-                "same_label_as_ours_on_200_rows": agreement,
-                "rounds": rounds,
-            },
-        )
+        for part in asked.parts.split(","):
+            parts[part] = {"commit": commit(), **PARTS[part](run, evaluation, folder, asked.rounds)}
+            ratios = {key: value for one in parts.values() for key, value in one["ratios"].items()}
+            write(name, {"parts": parts, "ratios": ratios})
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 import torch
 from evidence import rotten
 from peft import LoraConfig, PeftModel, get_peft_model
-from record import RESULTS, commit, kind, write
+from record import commit, kind, read, write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trimtab import adopt, demo, hub, predict, tokens
@@ -657,9 +657,7 @@ def main() -> None:
     given = parser.parse_args()
     given.keep.mkdir(parents=True, exist_ok=True)
     base = str(hub.find_base(MINILM).folder)
-    file = RESULTS / f"serving-{kind()}.json"
-    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    parts = found.get("parts", {})
+    parts = read(f"serving-{kind()}").get("parts", {})
     for name in given.parts.split(","):
         parts[name] = {"commit": commit(), **PARTS[name](given.keep, base, given.rounds)}
         ratios = {key: value for one in parts.values() for key, value in one["ratios"].items()}
