@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,9 @@ from trimtab import config, evaluation, forward, predict, tokens, training
 from trimtab.classification import loss_sum
 from trimtab.config import MINILM, LoraSettings, RuntimeSettings
 from trimtab.errors import DataError, RecipeError
-from trimtab.fast import encoder, layer
+from trimtab.fast import cores, encoder, layer
 from trimtab.fast.dropout import Noise, keep_scale
-from trimtab.fast.encoder import LAYOUTS, NotSupported
+from trimtab.fast.encoder import LAYOUTS, Batch, NotSupported
 from trimtab.fast.layer import Group, Layer
 from trimtab.fast.workspace import Workspace
 from trimtab.hub import find_base
@@ -102,6 +102,44 @@ def test_logits_and_gradients_are_those_of_transformers_and_peft(
     logit, gradient = compare(model, encoded, rows, model.config.pad_token_id)
     assert logit < 1e-5
     assert gradient < 1e-4
+
+
+@pytest.fixture
+def two_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Batches of a few short rows are cut too, and there are two threads for them."""
+    monkeypatch.setattr(cores, "_LEAST_TOKENS", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.usefixtures("two_parts")
+def test_parts_side_by_side_are_the_whole_batch(folders: Callable[[str], Path], kind: str) -> None:
+    model, encoded = make_model(folders(kind))
+    built = encoder.of_peft_model(model)
+    parts, whole = encoder.cut(encoded.ids, encoded.offsets, ROWS), encoder.pack(encoded.ids, encoded.offsets, ROWS)
+    assert len(parts.parts) == 2
+    logit, gradient = compare(model, encoded, ROWS, model.config.pad_token_id)
+    assert logit < 1e-5
+    assert gradient < 1e-4
+    for first_only in (True, False):
+        one = encoder.vectors(built, parts, first_only=first_only)
+        other = encoder.vectors(built, Batch([whole], whole.order), first_only=first_only)
+        assert (one - other).abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("two_parts")
+def test_parts_have_masks_of_their_own_and_give_the_same_bytes_on_any_threads(folders: Callable[[str], Path]) -> None:
+    model, encoded = make_model(folders("bert"), dropout=0.3)
+    built, batch = encoder.of_peft_model(model), encoder.cut(encoded.ids, encoded.offsets, np.array([1, 1]))
+    found = [encoder.first_tokens(built, batch, Noise(7)) for _ in range(20)]
+    torch.set_num_threads(1)
+    found.append(encoder.first_tokens(built, batch, Noise(7)))
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert not torch.equal(found[0][0], found[0][1])
+    assert torch.equal(*encoder.first_tokens(built, batch))
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

@@ -114,7 +114,7 @@ def fast(classifier: Encoder, kept: Sequence[tuple[Encoded, Stored]] = ()) -> Fo
             noise = Noise(dropout_seed)
             torch.manual_seed(dropout_seed)  # for the head's
         stored = next((states for texts, states in kept if texts is encoded), None)
-        return encoder.logits(classifier, encoder.pack(encoded.ids, encoded.offsets, rows), noise, stored)
+        return encoder.logits(classifier, encoder.cut(encoded.ids, encoded.offsets, rows), noise, stored)
 
     return forward
 
@@ -140,7 +140,7 @@ def stock(model: Any, pad_id: int) -> Forward:
 
 def _fast_vectors(classifier: Encoder) -> Vectors:
     def vectors(encoded: Encoded, rows: npt.NDArray[np.int64], *, first_only: bool) -> torch.Tensor:
-        batch = encoder.pack(encoded.ids, encoded.offsets, rows)
+        batch = encoder.cut(encoded.ids, encoded.offsets, rows)
         return encoder.vectors(classifier, batch, first_only=first_only)
 
     return vectors

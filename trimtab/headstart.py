@@ -60,7 +60,7 @@ def _states(built: Encoder, encoded: Encoded, rows: npt.NDArray[np.int64]) -> np
     with torch.inference_mode():
         for places in evaluation_plan(encoded.lengths[rows]):
             interrupts.check()
-            batch = encoder.pack(encoded.ids, encoded.offsets, rows[places])
+            batch = encoder.cut(encoded.ids, encoded.offsets, rows[places])
             found.append((places, encoder.first_tokens(built, batch).float().numpy()))
     whole = np.zeros((len(rows), found[0][1].shape[1]), np.float32)
     for places, part in found:

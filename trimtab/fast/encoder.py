@@ -6,9 +6,10 @@ is there and no other, each of the expected shape, and its config asks for nothi
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, embedding, gelu, layer_norm, linear
 
+from trimtab.fast import cores
 from trimtab.fast.dropout import Noise, can_quantise, keep_scale
 from trimtab.fast.layer import (
     Beside,
@@ -33,6 +35,7 @@ from trimtab.fast.layer import (
 )
 from trimtab.fast.workspace import Workspace
 
+_T = TypeVar("_T")
 _EMBEDDINGS_SITE = 1 << 16  # beyond the number of any layer
 
 
@@ -177,6 +180,14 @@ class Packed(NamedTuple):
     """Where each row begins and ends among the tokens of all texts."""
 
 
+class Batch(NamedTuple):
+    """Rows in parts, which cores compute side by side."""
+
+    parts: list[Packed]
+    order: Tensor
+    """int64[B]: for each row as it was asked for, its place among those of all parts end to end."""
+
+
 class Stored(NamedTuple):
     """What the first `depth` layers make of all texts, kept from an earlier pass.
 
@@ -214,7 +225,18 @@ def pack(ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], rows: npt.N
     )
 
 
-def logits(encoder: Encoder, batch: Packed, noise: Noise | None = None, stored: Stored | None = None) -> Tensor:
+def cut(ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> Batch:
+    """Rows of `Encoded`, as for `pack`, in parts."""
+    found = cores.cut(offsets[rows + 1] - offsets[rows])
+    parts = [pack(ids, offsets, rows[part]) for part in found]
+    begins = np.cumsum([0, *(len(part) for part in found)])[:-1]
+    places = np.concatenate([begin + one.order.numpy() for begin, one in zip(begins, parts, strict=True)])
+    order = np.empty(len(rows), np.int64)
+    order[np.concatenate(found)] = places
+    return Batch(parts, torch.from_numpy(order))
+
+
+def logits(encoder: Encoder, batch: Batch, noise: Noise | None = None, stored: Stored | None = None) -> Tensor:
     """Logits float32[B, C] of a batch, in the order in which its rows were asked for.
 
     The last layer is computed for the first token of each row alone: the head reads no other. Keys and values of the
@@ -223,7 +245,8 @@ def logits(encoder: Encoder, batch: Packed, noise: Noise | None = None, stored: 
     Args:
         encoder: The classifier.
         batch: Its tokens.
-        noise: Randomness of dropout; None: no dropout. The head's dropout comes from torch's generator.
+        noise: Randomness of dropout, of which each part has its own; None: no dropout. The head's dropout comes from
+            torch's generator.
         stored: States to begin from; None: from the embeddings.
 
     Raises:
@@ -241,18 +264,25 @@ def logits(encoder: Encoder, batch: Packed, noise: Noise | None = None, stored: 
 
 def first_tokens(
     encoder: Encoder,
-    batch: Packed,
+    batch: Batch,
     noise: Noise | None = None,
     stored: Stored | None = None,
     beside: Beside | None = None,
 ) -> Tensor:
-    """What the head reads, [B, D], in the order in which rows were asked for, without gradients."""
+    """What the head reads, [B, D], in the order in which rows were asked for, without gradients.
+
+    `beside` counts rows within a part: for batches of one.
+    """
+
+    def part(own: Encoder, packed: Packed, number: int) -> Tensor:
+        first, _ = _forward(own, packed, _noise_of(noise, number), stored, keeps=False, beside=beside)
+        return first
+
     with encoder.workspace.lock:
-        first, _ = _forward(encoder, batch, noise, stored, keeps=False, beside=beside)
-        return first[batch.order]
+        return torch.cat(_in_parts(encoder, batch, part))[batch.order]
 
 
-def vectors(encoder: Encoder, batch: Packed, *, first_only: bool) -> Tensor:
+def vectors(encoder: Encoder, batch: Batch, *, first_only: bool) -> Tensor:
     """What the base alone makes of each row: float32[B, D], in the order in which rows were asked for.
 
     Args:
@@ -261,12 +291,16 @@ def vectors(encoder: Encoder, batch: Packed, *, first_only: bool) -> Tensor:
         first_only: The state of the first token; else the mean over the tokens.
     """
     bare = replace(encoder, layers=tuple(layer.without_lora() for layer in encoder.layers))
-    with encoder.workspace.lock:
-        x, _ = _forward(bare, batch, None, None, keeps=False, first_only=first_only)
+
+    def part(own: Encoder, packed: Packed, number: int) -> Tensor:
+        x, _ = _forward(own, packed, None, None, keeps=False, first_only=first_only)
         if not first_only:
-            spans = [x[g.token : g.token + g.rows * g.length].view(g.rows, g.length, -1) for g in batch.groups]
+            spans = [x[g.token : g.token + g.rows * g.length].view(g.rows, g.length, -1) for g in packed.groups]
             x = torch.cat([span.float().mean(1) for span in spans])
-        return x[batch.order].float()
+        return x
+
+    with encoder.workspace.lock:
+        return torch.cat(_in_parts(bare, batch, part))[batch.order].float()
 
 
 def trunk(encoder: Encoder, batch: Packed, depth: int) -> Tensor:
@@ -296,33 +330,44 @@ class _Encoder(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, encoder: Encoder, batch: Packed, noise: Noise | None, stored: Stored | None, *trained: Tensor
+        ctx: Any, encoder: Encoder, batch: Batch, noise: Noise | None, stored: Stored | None, *trained: Tensor
     ) -> Tensor:
-        first, ctx.saved = _forward(encoder, batch, noise, stored, keeps=True)
+        def part(own: Encoder, packed: Packed, number: int) -> tuple[Tensor, dict[int, Saved]]:
+            return _forward(own, packed, _noise_of(noise, number), stored, keeps=True)
+
+        first, ctx.saved = zip(*_in_parts(encoder, batch, part), strict=True)
         ctx.encoder, ctx.batch, ctx.noise, ctx.number = encoder, batch, noise, encoder.workspace.batches
-        return first[batch.order]
+        return torch.cat(first)[batch.order]
 
     @staticmethod
     def backward(ctx: Any, *d_first: Tensor) -> Any:
         encoder, batch = ctx.encoder, ctx.batch
         if encoder.workspace.batches != ctx.number:
             raise RuntimeError("another batch ran between this one's forward and its backward")
-        dy: Tensor | None = torch.empty_like(d_first[0]).index_copy_(0, batch.order, d_first[0])
-        lowest = lowest_trained(encoder)
-        gradients: list[Tensor] = []
-        for number in range(len(encoder.layers) - 1, lowest - 1, -1):
-            assert dy is not None
-            scope = Scope(number, batch.groups, encoder.workspace, ctx.noise, keeps=True, dtype=dy.dtype)
-            dy, found = backward(
-                encoder.layers[number],
-                dy,
-                ctx.saved[number],
-                scope,
-                batch.first if number == len(encoder.layers) - 1 else None,
-                needs_dx=number > lowest,
-            )
-            gradients = found + gradients
-        return None, None, None, None, *gradients
+        sorted_ = torch.empty_like(d_first[0]).index_copy_(0, batch.order, d_first[0])
+        dy = torch.split(sorted_, [len(packed.first) for packed in batch.parts])
+
+        def part(own: Encoder, packed: Packed, number: int) -> list[Tensor]:
+            return _backward(own, packed, dy[number], ctx.saved[number], _noise_of(ctx.noise, number))
+
+        first, *others = _in_parts(encoder, batch, part)
+        for gradients in others:
+            torch._foreach_add_(first, gradients)
+        return None, None, None, None, *first
+
+
+def _noise_of(noise: Noise | None, part: int) -> Noise | None:
+    return None if noise is None else replace(noise, part=part)
+
+
+def _in_parts(encoder: Encoder, batch: Batch, work: Callable[[Encoder, Packed, int], _T]) -> list[_T]:
+    """What `work` makes of each part, side by side: of an encoder with memory for it, its tokens and its number."""
+    return cores.run(
+        [
+            partial(work, replace(encoder, workspace=encoder.workspace.of_part(number)), packed, number)
+            for number, packed in enumerate(batch.parts)
+        ]
+    )
 
 
 def _forward(
@@ -348,6 +393,28 @@ def _forward(
     how: dict[str, Any] = {"first_only": first_only, "beside": beside}
     x, _ = _layers(encoder, x, range(begin, lowest), batch, noise, keeps=False, **how)
     return _layers(encoder, x, range(lowest, len(encoder.layers)), batch, noise, keeps=keeps, **how)
+
+
+def _backward(
+    encoder: Encoder, batch: Packed, d_first: Tensor, saved: Mapping[int, Saved], noise: Noise | None
+) -> list[Tensor]:
+    """The gradients of every LoRA matrix, from that of the first tokens' states [B, D], sorted by length."""
+    dy: Tensor | None = d_first
+    lowest = lowest_trained(encoder)
+    gradients: list[Tensor] = []
+    for number in range(len(encoder.layers) - 1, lowest - 1, -1):
+        assert dy is not None
+        scope = Scope(number, batch.groups, encoder.workspace, noise, keeps=True, dtype=dy.dtype)
+        dy, found = backward(
+            encoder.layers[number],
+            dy,
+            saved[number],
+            scope,
+            batch.first if number == len(encoder.layers) - 1 else None,
+            needs_dx=number > lowest,
+        )
+        gradients = found + gradients
+    return gradients
 
 
 def _layers(

@@ -120,7 +120,9 @@ def logits(
         batch = encoders.pack(ids, offsets, rows)
         standing = [adapters[int(row)] for row in rows[torch.argsort(batch.order).numpy()]]
         blocks = _blocks(encoder, batch, standing, costs)
-        first = encoders.first_tokens(encoder, batch, beside=_adder(encoder, batch, blocks)).float()
+        first = encoders.first_tokens(
+            encoder, encoders.Batch([batch], batch.order), beside=_adder(encoder, batch, blocks)
+        ).float()
         found: list[Tensor] = [first] * len(rows)
         begin = 0
         for end in range(1, len(rows) + 1):

@@ -20,6 +20,13 @@ class Workspace:
         self.batches = 0
         """How many batches have begun here; a backward checks that no other has overwritten its own."""
         self.lock = threading.RLock()
+        self._parts: list[Workspace] = [self]
+
+    def of_part(self, number: int) -> "Workspace":
+        """Where that part of a batch is computed; the first is here."""
+        while len(self._parts) <= number:
+            self._parts.append(Workspace())
+        return self._parts[number]
 
     def take(self, *name: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor. Half as much again is reserved: pages that are never touched cost nothing."""

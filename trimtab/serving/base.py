@@ -127,7 +127,7 @@ def load_base(base: Base, settings: RuntimeSettings) -> ServedBase:
             mend=f"bases of these kinds can: {', '.join(encoders.LAYOUTS)}; others answer by trimtab predict",
         ) from None
     with torch.inference_mode():  # the first pass maps the weights and starts the threads, which takes 0.2 s
-        encoders.first_tokens(encoder, encoders.pack(np.zeros(64, np.int32), np.array([0, 32, 64]), np.arange(2)))
+        encoders.first_tokens(encoder, encoders.cut(np.zeros(64, np.int32), np.array([0, 32, 64]), np.arange(2)))
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     width = encoder.head.dense.weight.shape[0]
     return ServedBase(

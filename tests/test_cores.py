@@ -1,0 +1,52 @@
+"""How a batch is cut into parts, and what running them side by side keeps."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.fast import cores
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=200))
+def test_parts_hold_every_row_once_and_differ_by_one_row_at_most(lengths: list[int]) -> None:
+    sizes = np.array(lengths)
+    parts = cores.cut(sizes)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(lengths)))
+    assert len(parts) == (2 if len(lengths) > 1 and sum(lengths) >= 256 else 1)
+    tokens = [int(sizes[part].sum()) for part in parts]
+    assert max(tokens) - min(tokens) <= max(lengths) or len(parts) == 1
+
+
+def test_tasks_run_beside_each_other_without_gradients_and_share_the_threads() -> None:
+    before = torch.get_num_threads()
+    meet = threading.Barrier(2, timeout=30)  # broken where the second waits for the first to end
+
+    def task() -> tuple[bool, int]:
+        meet.wait()
+        return torch.is_grad_enabled(), torch.get_num_threads()
+
+    torch.set_num_threads(4)
+    try:
+        assert cores.run([task, task]) == [(False, 2), (False, 2)]
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_task_that_fails_ends_after_all_others() -> None:
+    done = threading.Event()
+
+    def slow() -> None:
+        done.wait(0.2)
+        done.set()
+
+    def fails() -> None:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        cores.run([fails, slow])
+    assert done.is_set()

@@ -1,0 +1,55 @@
+"""One batch on all cores: its rows are cut into parts, and each core takes one through every layer.
+
+Two cores on one product must meet after each, and whatever is no product leaves one of them idle. Parts meet once a
+pass. How many there are depends on the tokens alone, so that another number of threads computes the same sums.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_LEAST_TOKENS = 128  # of a part: fewer are not worth reading the weights for
+_T = TypeVar("_T")
+
+
+def cut(lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Row numbers in two parts of nearly as many tokens, or in one where there are few.
+
+    Each row, the longest first, goes to the part that has the fewer tokens (Graham 1969).
+    """
+    if len(lengths) == 1 or lengths.sum() < 2 * _LEAST_TOKENS:
+        return [np.arange(len(lengths))]
+    parts: tuple[list[int], list[int]] = ([], [])
+    ahead = 0  # tokens of the first less those of the second
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        parts[ahead > 0].append(row)
+        ahead += int(lengths[row]) * (-1 if ahead > 0 else 1)
+    return [np.array(part, np.int64) for part in parts]
+
+
+def run(tasks: Sequence[Callable[[], _T]]) -> list[_T]:
+    """What some tasks give, computed side by side without gradients; torch's threads are shared out among them."""
+    if len(tasks) == 1:
+        return [tasks[0]()]
+    threads = torch.get_num_threads()
+    workers = min(threads, len(tasks))
+
+    def on_its_own(task: Callable[[], _T]) -> _T:
+        torch.set_num_threads(threads // workers)  # holds for this thread
+        with torch.no_grad():
+            return task()
+
+    futures = [_pool(workers).submit(on_its_own, task) for task in tasks]
+    wait(futures)  # all of them, whatever fails: they write to memory that the next batch takes
+    torch.set_num_threads(threads)  # what threads that begin later start with
+    return [future.result() for future in futures]
+
+
+@cache
+def _pool(size: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(size, thread_name_prefix="part")
