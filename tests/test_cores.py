@@ -1,6 +1,9 @@
 """How a batch is cut into parts, and what running them side by side keeps."""
 
+import signal
 import threading
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,6 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.fast import cores
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=200))
@@ -22,7 +33,6 @@ def test_parts_hold_every_row_once_and_differ_by_one_row_at_most(lengths: list[i
 
 
 def test_tasks_run_beside_each_other_without_gradients_and_share_the_threads() -> None:
-    before = torch.get_num_threads()
     meet = threading.Barrier(2, timeout=30)  # broken where the second waits for the first to end
 
     def task() -> tuple[bool, int]:
@@ -30,11 +40,8 @@ def test_tasks_run_beside_each_other_without_gradients_and_share_the_threads() -
         return torch.is_grad_enabled(), torch.get_num_threads()
 
     torch.set_num_threads(4)
-    try:
-        assert cores.run([task, task]) == [(False, 2), (False, 2)]
-        assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(before)
+    assert cores.run([task, task]) == [(False, 2), (False, 2)]
+    assert torch.get_num_threads() == 4
 
 
 def test_a_task_that_fails_ends_after_all_others() -> None:
@@ -49,4 +56,23 @@ def test_a_task_that_fails_ends_after_all_others() -> None:
 
     with pytest.raises(ValueError, match="broken"):
         cores.run([fails, slow])
+    assert done.is_set()
+
+
+def test_ctrl_c_waits_for_the_parts() -> None:
+    begun, done = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.5)
+        done.set()
+
+    def presses() -> None:
+        begun.wait(30)
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        cores.run([slow, presses])
     assert done.is_set()

@@ -45,9 +45,11 @@ def run(tasks: Sequence[Callable[[], _T]]) -> list[_T]:
             return task()
 
     futures = [_pool(workers).submit(on_its_own, task) for task in tasks]
-    wait(futures)  # all of them, whatever fails: they write to memory that the next batch takes
-    torch.set_num_threads(threads)  # what threads that begin later start with
-    return [future.result() for future in futures]
+    try:
+        return [future.result() for future in futures]
+    finally:  # whatever fails, and on Ctrl-C: they write to memory that the next batch takes
+        wait(futures)
+        torch.set_num_threads(threads)  # what threads that begin later start with
 
 
 @cache
