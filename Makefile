@@ -13,10 +13,10 @@ demo: .venv/ready
 	$(BIN)/trimtab demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-long: .venv/ready
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -n auto --dist loadfile -m long
 
 # Debian's chromium, for the tests of the report in a browser; nothing is done where one is there.
 browser:
