@@ -289,7 +289,7 @@ def test_columns_are_not_found(header: str, given: dict[str, str], code: str, wo
 
 # -- files that are none ---------------------------------------------------------------------------------------
 
-PACKED = gzip.compress(as_csv().encode())
+PACKED = gzip.compress(as_csv().encode(), mtime=0)
 WHOLE = io.BytesIO()
 pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), WHOLE)
 
@@ -302,7 +302,7 @@ pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), WHOLE)
         ("a.csv", b"\xef\xbb\xbf", "data.empty", ["empty"]),
         ("a.jsonl", "\n", "data.empty", ["empty"]),
         ("a.json", "[]", "data.empty", []),
-        ("a.csv.gz", gzip.compress(b""), "data.empty", ["empty"]),
+        ("a.csv.gz", gzip.compress(b"", mtime=0), "data.empty", ["empty"]),
         ("a.csv", "text,label\n", "data.empty", ["header and no rows"]),
         ("a.csv", 'text,label\nok,0\n"never closed,1\nb,0\n', "data.csv", ["line 3", "quote"]),
         ("a.csv", 'text,label\nok,0\n"he" said,1\n', "data.csv", ["line 3", "quote"]),
