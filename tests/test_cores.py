@@ -1,5 +1,6 @@
 """How a batch is cut into parts, and what running them side by side keeps."""
 
+import os
 import signal
 import threading
 import time
@@ -76,3 +77,19 @@ def test_ctrl_c_waits_for_the_parts() -> None:
     with pytest.raises(KeyboardInterrupt):
         cores.run([slow, presses])
     assert done.is_set()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    tasks = [os.getpid, os.getpid]
+    assert cores.run(tasks) == [os.getpid()] * 2
+    child = os.fork()
+    if child == 0:
+        os._exit(cores.run(tasks) != [os.getpid()] * 2)
+    until = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < until:
+        time.sleep(0.05)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)

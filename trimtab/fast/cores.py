@@ -4,6 +4,7 @@ Two cores on one product must meet after each, and whatever is no product leaves
 pass. How many there are depends on the tokens alone, so that another number of threads computes the same sums.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
@@ -34,10 +35,11 @@ def cut(lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
 
 def run(tasks: Sequence[Callable[[], _T]]) -> list[_T]:
     """What some tasks give, computed side by side without gradients; torch's threads are shared out among them."""
-    if len(tasks) == 1:
-        return [tasks[0]()]
     threads = torch.get_num_threads()
     workers = min(threads, len(tasks))
+    if workers == 1:
+        with torch.no_grad():
+            return [task() for task in tasks]
 
     def on_its_own(task: Callable[[], _T]) -> _T:
         torch.set_num_threads(threads // workers)  # holds for this thread
@@ -55,3 +57,7 @@ def run(tasks: Sequence[Callable[[], _T]]) -> list[_T]:
 @cache
 def _pool(size: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(size, thread_name_prefix="part")
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads, and would wait for them
+    os.register_at_fork(after_in_child=_pool.cache_clear)
