@@ -19,9 +19,13 @@ import numpy as np
 import pytest
 from adapters import answers, write_adapter
 from bases import write_base
+from pydantic import BaseModel, ValidationError
 from servers import ADMIN, READER, TOKENS, Server, bearer, start
 
+from trimtab.serving import formats
 from trimtab.serving.guard import PUBLIC
+
+TENSOR = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}
 
 TEXTS = ["a great film", "boring", "the plot is not very good " * 9, "an awful film"]
 LABELS = {"reviews": ("neg", "pos"), "topics": ("sport", "film", "other")}
@@ -166,6 +170,25 @@ def test_bodies_that_are_no_bodies(server: Server, raw: bytes, status: int) -> N
     found, _, _ = server.ask("POST", "/predict", raw=raw)
     assert found in (status, 400) if status == 422 else found == status
     assert server.ask("GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (formats.PredictRequest, {"inputs": [1] * 1_000}),
+        (formats.PredictRequest, {"inputs": [["a"], *[1] * 1_000]}),
+        (formats.PredictRequest, {"inputs": [[1] * 1_000]}),
+        (formats.PredictRequest, {"inputs": "a", "models": [1] * 1_000}),
+        (formats.ClassifyRequest, {"input": [1] * 1_000}),
+        (formats.InferRequest, {"inputs": [1] * 1_000}),
+        (formats.InferRequest, {"inputs": [TENSOR | {"shape": [-1] * 1_000}]}),
+        (formats.InferRequest, {"inputs": [TENSOR], "outputs": [1] * 1_000}),
+    ],
+)
+def test_a_thousand_faults_of_a_body_are_not_all_collected(kind: type[BaseModel], body: object) -> None:
+    with pytest.raises(ValidationError) as failure:
+        kind.model_validate(body)
+    assert failure.value.error_count() <= 3
 
 
 def test_the_only_adapter_needs_no_name(alone: Server, made: tuple[Path, dict[str, Any]]) -> None:
