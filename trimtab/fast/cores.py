@@ -1,12 +1,13 @@
-"""One batch on all cores: its rows are cut into parts, and each core takes one through every layer.
+"""One batch on two cores: its rows are cut into two parts, and each core takes one through every layer.
 
 Two cores on one product must meet after each, and whatever is no product leaves one of them idle. Parts meet once a
-pass. How many there are depends on the tokens alone, so that another number of threads computes the same sums.
+pass. How many there are depends on the tokens alone, so that another number of threads computes the same sums; four
+threads give each part two, and of three one is idle.
 """
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_LEAST_TOKENS = 128  # of a part: fewer are not worth reading the weights for
+_LEAST_TOKENS = 256  # fewer, on two cores, are not worth reading the weights twice for
 _T = TypeVar("_T")
 
 
@@ -23,7 +24,7 @@ def cut(lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
 
     Each row, the longest first, goes to the part that has the fewer tokens (Graham 1969).
     """
-    if len(lengths) == 1 or lengths.sum() < 2 * _LEAST_TOKENS:
+    if len(lengths) == 1 or lengths.sum() < _LEAST_TOKENS:
         return [np.arange(len(lengths))]
     parts: tuple[list[int], list[int]] = ([], [])
     ahead = 0  # tokens of the first less those of the second
@@ -42,16 +43,19 @@ def run(tasks: Sequence[Callable[[], _T]]) -> list[_T]:
             return [task() for task in tasks]
 
     def on_its_own(task: Callable[[], _T]) -> _T:
-        torch.set_num_threads(threads // workers)  # holds for this thread
+        if torch.get_num_threads() != threads // workers:  # once: a thread keeps its number
+            torch.set_num_threads(threads // workers)
         with torch.no_grad():
             return task()
 
-    futures = [_pool(workers).submit(on_its_own, task) for task in tasks]
+    futures: list[Future[_T]] = []
     try:
+        for task in tasks:
+            futures.append(_pool(workers).submit(on_its_own, task))
         return [future.result() for future in futures]
     finally:  # whatever fails, and on Ctrl-C: they write to memory that the next batch takes
         wait(futures)
-        torch.set_num_threads(threads)  # what threads that begin later start with
+        torch.set_num_threads(threads)  # it is also what threads that begin later start with
 
 
 @cache
