@@ -95,7 +95,8 @@ class Ours:
     def __init__(self, base: str, folders: dict[str, Path], budget: int = 8 << 30) -> None:
         settings = RuntimeSettings()
         placement = place(settings)
-        self.store = Store(load_base(hub.find_base(base), settings), budget)
+        found = hub.find_base(base)
+        self.store = Store(load_base(found, tokens.from_base(found.folder), settings), budget)
         for name, folder in folders.items():
             self.store.register(name, folder)
         self.service = Service(self.store, Engine(self.store.served, workers=placement.threads))

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 from adapters import write_adapter
 from bases import write_base
 
+from trimtab import tokens
 from trimtab.config import RuntimeSettings
 from trimtab.errors import ArtefactError, DivergedError
 from trimtab.fast import mixed
 from trimtab.hub import find_base
-from trimtab.serving.base import Resident, ServedBase, load_base, place, read
+from trimtab.serving.base import Resident, ServedBase, describe, load_base, place
 from trimtab.serving.engine import DeadlineError, Engine, Limits, OverloadedError, StoppingError
 from trimtab.serving.memory import Pieces
 from trimtab.serving.service import Item, Service
@@ -28,12 +30,13 @@ from trimtab.serving.store import Store
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ServedBase, list[Resident]]:
     folder = tmp_path_factory.mktemp("engine")
     write_base(folder / "base", "bert")
-    base = load_base(find_base(str(folder / "base")), RuntimeSettings(threads=1))
+    found_base = find_base(str(folder / "base"))
+    base = load_base(found_base, tokens.from_base(found_base.folder), RuntimeSettings(threads=1))
     pieces, residents = Pieces(), []
     for seed, name in enumerate(("a", "b", "c")):
         write_adapter(folder / name, folder / "base", seed=seed)
-        found = read(base, folder / name)
-        residents.append(place(base, found, name, pieces.take(found.layout.bytes)))
+        found = describe(base, folder / name)
+        residents.append(place(base, found, found.read_tensors(), name, pieces.take(found.layout.bytes)))
     return base, residents
 
 
@@ -173,6 +176,72 @@ def test_what_is_refused_costs_no_adapter_and_no_tokens() -> None:
     service = Service(cast(Store, None), cast(Engine, Full()))
     with pytest.raises(OverloadedError):
         asyncio.run(service.answer([Item("reviews", "a fine film")]))
+
+
+def test_texts_whose_tokens_are_being_made_fill_the_queue_too(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held.go.set()
+    began, go, encode = threading.Event(), threading.Event(), tokens.encode
+
+    def slow(*given: Any) -> Any:
+        began.set()
+        go.wait(10)
+        return encode(*given)
+
+    monkeypatch.setattr(tokens, "encode", slow)
+    store = Store(made[0], 1 << 30)
+    for name in "ab":
+        store.replace(name, made[0].base.folder.parent / name)
+    service = Service(store, start(queue_s=100 / 600_000))  # room for 100 characters, and 50 of one adapter's
+
+    async def ask() -> None:
+        first = asyncio.ensure_future(service.answer([Item("a", "film " * 8)]))
+        while not began.is_set():
+            await asyncio.sleep(0.01)
+        with pytest.raises(OverloadedError, match="40 characters wait"):
+            await service.answer([Item("a", "film " * 3)])
+        with pytest.raises(OverloadedError):
+            await service.answer([Item("b", "film " * 13)])
+        first.cancel()  # its thread works on
+        with pytest.raises(OverloadedError):
+            await service.answer([Item("a", "film " * 3)])
+        second = asyncio.ensure_future(service.answer([Item("b", "film " * 3)]))
+        await asyncio.sleep(0.05)
+        go.set()
+        assert len((await second)[0]) == 1
+        assert len((await service.answer([Item("a", "film " * 3)]))[0]) == 1
+
+    asyncio.run(ask())
+
+
+def test_a_temperature_that_makes_logits_infinite_is_an_error(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    held.go.set()
+    store = Store(made[0], 1 << 30)
+    held_one = store.replace("a", made[0].base.folder.parent / "a")
+    store._entries["a"].resident = replace(held_one, temperature=1e-45)
+    with pytest.raises(DivergedError, match="temperature"):
+        asyncio.run(Service(store, start()).answer([Item("a", "a fine film")]))
+
+
+def test_a_speed_that_is_known_stays_so_beside_small_batches(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    engine, one = start(batch_tokens=100), made[1][0]
+    held.go.set()
+    engine.submit([(row(50), one)] * 2).result(10)
+    for _ in range(60):
+        engine.submit([(row(2), one)]).result(10)
+    held.go.clear()
+    held.began.clear()
+    engine.submit([(row(5), one)])
+    assert held.began.wait(10)
+    engine.submit([(row(60), one)] * 4)
+    assert engine.wait_s == max(1.0, 240 / engine._tokens_per_s)
+    assert engine._tokens_per_s > 0
+    held.go.set()
 
 
 def test_one_adapter_cannot_fill_the_queue(

@@ -452,7 +452,9 @@ def test_slow_clients_are_let_go_and_others_do_not_notice(made: tuple[Path, dict
     begin = time.monotonic()
     for i, one in enumerate(slow):
         one.sendall((b"", b"POST /predict HTTP/1.1\r\nHo", b"POST /predict HTTP/1.1\r\nHost: localhost\r\n"
-                     b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")[i % 3])  # fmt: skip
+                     b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
+                     b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\nPOST /predict HTTP/1.1\r\n"
+                     b"Host: localhost\r\nContent-Length: 1000\r\n\r\n{")[i % 4])  # fmt: skip
     waits = []
     for _ in range(20):
         at = time.monotonic()
@@ -511,28 +513,48 @@ def test_who_went_away_is_not_computed(server: Server) -> None:
     assert until(lambda: figure("te_rows_dropped_total") > before)
 
 
-def test_sigterm_finishes_what_was_accepted_and_ends_with_0(made: tuple[Path, dict[str, Any]]) -> None:
-    server = start(str(made[0] / "adapters" / "reviews"))
-    body = {"inputs": [[TEXTS[2]]] * 200}
-    statuses: list[int] = []
+def stopped_under_load(made: tuple[Path, dict[str, Any]], *options: str) -> tuple[Server, list[tuple[float, int, Any]]]:
+    """A server that was asked to stop while callers wait; and when each request began, its status and its body."""
+    server = start(str(made[0] / "adapters" / "reviews"), *options)
+    found: list[tuple[float, int, Any]] = []
 
     def call() -> None:
-        for _ in range(50):
+        while True:
+            begun = time.monotonic()
             try:
-                statuses.append(server.ask("POST", "/predict", body)[0])
-            except (OSError, http.client.HTTPException):
-                return  # nothing listens any more: this request was not accepted
+                status, said, headers = server.ask("POST", "/predict", {"inputs": [[TEXTS[2]]] * 200})
+            except ConnectionRefusedError:
+                return  # nothing listens any more
+            except (OSError, http.client.HTTPException) as error:
+                found.append((begun, 0, error))
+                return
+            assert (status == 200) or headers["connection"] == "close"
+            found.append((begun, status, said))
 
-    threads = [threading.Thread(target=call) for _ in range(4)]
+    threads = [threading.Thread(target=call) for _ in range(6)]
     for thread in threads:
         thread.start()
     time.sleep(1)
+    at = time.monotonic()
     assert server.stop() == 0
     for thread in threads:
         thread.join()
-    assert statuses
-    assert set(statuses) <= {200, 503}
+    return server, [(begun - at, status, said) for begun, status, said in found]
+
+
+def test_sigterm_finishes_what_was_accepted_and_ends_with_0(made: tuple[Path, dict[str, Any]]) -> None:
+    server, found = stopped_under_load(made)
+    assert {status for begun, status, _ in found if begun < -0.1} == {200}
+    assert {status for _, status, _ in found} <= {200, 503, 0}
     assert "stopped; all that was accepted has been answered\n" in server.lines
+
+
+def test_what_is_not_finished_in_time_is_told_so_and_counted(made: tuple[Path, dict[str, Any]]) -> None:
+    server, found = stopped_under_load(made, "--drain", "0")
+    told = [said for _, status, said in found if status == 503 and "before this was answered" in said["error"]]
+    assert told
+    assert {status for begun, status, _ in found if begun < -0.1} <= {200, 503}
+    assert f"stopped; {len(told)} accepted requests were told that it stops (503)\n" in server.lines
 
 
 def test_no_text_and_no_secret_is_in_the_log(guarded: Server, made: tuple[Path, dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from trimtab import tokens, untrusted
 from trimtab.config import RuntimeSettings
 from trimtab.errors import ArtefactError, DataError, ResourceError, TrimtabError
 from trimtab.hub import find_base
@@ -27,6 +28,7 @@ from trimtab.serving import base as bases
 from trimtab.serving import store as stores
 from trimtab.serving import uploads
 from trimtab.serving.base import Resident, ServedBase, load_base
+from trimtab.serving.memory import Pieces
 from trimtab.serving.store import GenerationError, Store, UnknownAdapterError
 from trimtab.serving.watch import Watch
 
@@ -40,7 +42,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ServedBase, Path]:
     for seed, name in enumerate("abcd"):
         write_adapter(folder / name, folder / "base", seed=seed)
     write_adapter(folder / "other", folder / "other-base")
-    return load_base(find_base(str(folder / "base")), RuntimeSettings(threads=1)), folder
+    base = find_base(str(folder / "base"))
+    return load_base(base, tokens.from_base(base.folder), RuntimeSettings(threads=1)), folder
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def test_an_unknown_name_is_an_error(store: Store) -> None:
 
 
 def test_the_least_recently_used_makes_room(made: tuple[ServedBase, Path], directory: Path) -> None:
-    size = bases.read(made[0], directory / "a").layout.bytes
+    size = bases.describe(made[0], directory / "a").layout.bytes
     store = Store(made[0], 2 * size)
     for name in "abc":
         store.register(name, directory / name)
@@ -104,7 +107,7 @@ def test_the_least_recently_used_makes_room(made: tuple[ServedBase, Path], direc
 
 
 def test_what_is_held_or_pinned_stays_and_then_there_is_no_room(made: tuple[ServedBase, Path], directory: Path) -> None:
-    store = Store(made[0], 2 * bases.read(made[0], directory / "a").layout.bytes)
+    store = Store(made[0], 2 * bases.describe(made[0], directory / "a").layout.bytes)
     for name in "abc":
         store.register(name, directory / name)
     store.pin("a", True)
@@ -292,14 +295,14 @@ def test_files_that_go_or_shrink_while_in_use_harm_nobody(store: Store, director
 def test_nobody_waits_for_another_ones_slow_file(
     store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, read = threading.Event(), stores.read
+    slow, describe = threading.Event(), stores.describe
 
     def delayed(served: ServedBase, folder: Path, *rest: Any) -> Any:
         if folder.name == "a":
             slow.wait(10)
-        return read(served, folder, *rest)
+        return describe(served, folder, *rest)
 
-    monkeypatch.setattr(stores, "read", delayed)
+    monkeypatch.setattr(stores, "describe", delayed)
     for name in "ab":
         store.register(name, directory / name)
     waiting = [store.hold("a") for _ in range(5)]
@@ -316,8 +319,8 @@ def test_nobody_waits_for_another_ones_slow_file(
 def test_one_who_no_longer_waits_lets_go_in_the_very_moment_of_the_hand_over(
     store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, read = threading.Event(), stores.read
-    monkeypatch.setattr(stores, "read", lambda *all_: (slow.wait(10), read(*all_))[1])
+    slow, describe = threading.Event(), stores.describe
+    monkeypatch.setattr(stores, "describe", lambda *all_: (slow.wait(10), describe(*all_))[1])
     store.register("a", directory / "a")
     waiting, let_go = store.hold("a"), threading.Event()
 
@@ -354,31 +357,60 @@ def test_a_refused_folder_is_no_fault_of_the_one_that_is_there(store: Store, dir
     assert get(store, "a")
 
 
-def test_one_that_cannot_fit_drives_nobody_out(made: tuple[ServedBase, Path], directory: Path) -> None:
-    size = bases.read(made[0], directory / "a").layout.bytes
+def test_one_that_cannot_fit_drives_nobody_out_and_is_not_read(
+    made: tuple[ServedBase, Path], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = bases.describe(made[0], directory / "a").layout.bytes
     store = Store(made[0], 2 * size)
     for name in "ab":
         store.register(name, directory / name)
         get(store, name)
     store._bytes += size  # as if requests held versions of this size
     store.budget_bytes -= size // 2
+    monkeypatch.setattr(untrusted, "read_tensors", lambda *all_: pytest.fail("its tensors were read"))
+    store.budget_bytes = size - 1
     with pytest.raises(ResourceError):
-        store._make_room(2 * size + size // 2 + 1)
+        store.replace("c", directory / "c")
     assert [store.status(name).state for name in "ab"] == ["resident", "resident"]
 
 
-def test_a_tokenizer_that_the_library_refuses_is_the_adapters_fault(store: Store, directory: Path) -> None:
-    (directory / "a" / "tokenizer.json").write_text('{"model": {}}', "utf-8")
-    sha256 = hashlib.sha256((directory / "a" / "tokenizer.json").read_bytes()).hexdigest()
-    described(directory / "a", lambda meta: meta["preprocessing"].update(tokenizer_sha256=sha256))
-    with pytest.raises(ArtefactError, match=r"tokenizer\.json"):
+def with_tokenizer(folder: Path, text: str) -> None:
+    """An adapter that says that it was trained with a tokenizer of this text."""
+    (folder / "tokenizer.json").write_text(text, "utf-8")
+    sha256 = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    described(folder, lambda meta: meta["preprocessing"].update(tokenizer_sha256=sha256))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: {"model": {}},
+        lambda said: said | {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 20_000}},
+        lambda said: said | {"more": list(range(1_000_000))},
+        None,
+    ],
+    ids=["no tokenizer", "one that makes more of a text", "one that is long", "no JSON"],
+)
+def test_an_adapter_brings_no_tokenizer_of_its_own(
+    store: Store, directory: Path, change: Callable[[dict[str, Any]], object] | None
+) -> None:
+    said = json.loads((directory / "a" / "tokenizer.json").read_text("utf-8"))
+    with_tokenizer(directory / "a", "[" * 100_000 if change is None else json.dumps(change(said)))
+    with pytest.raises(ArtefactError, match=r"another tokenizer"):
         store.replace("new", directory / "a")
     assert store.names() == []
 
 
+def test_the_same_tokenizer_written_by_another_version_is_the_bases(store: Store, directory: Path) -> None:
+    said = json.loads((directory / "a" / "tokenizer.json").read_text("utf-8"))
+    said["model"] = {"a_new_setting": False, "another": None} | said["model"]
+    with_tokenizer(directory / "a", json.dumps(said, indent=1))
+    assert store.replace("new", directory / "a")
+
+
 def test_who_gave_up_waiting_holds_nothing(store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, read = threading.Event(), stores.read
-    monkeypatch.setattr(stores, "read", lambda *all_: (slow.wait(10), read(*all_))[1])
+    slow, describe = threading.Event(), stores.describe
+    monkeypatch.setattr(stores, "describe", lambda *all_: (slow.wait(10), describe(*all_))[1])
     store.register("a", directory / "a")
     first, second = store.hold("a"), store.hold("a")
     assert first.cancel()
@@ -391,8 +423,8 @@ def test_who_gave_up_waiting_holds_nothing(store: Store, directory: Path, monkey
 def test_what_is_removed_while_it_is_read_takes_no_memory(
     store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, read = threading.Event(), stores.read
-    monkeypatch.setattr(stores, "read", lambda *all_: (slow.wait(10), read(*all_))[1])
+    slow, describe = threading.Event(), stores.describe
+    monkeypatch.setattr(stores, "describe", lambda *all_: (slow.wait(10), describe(*all_))[1])
     store.register("a", directory / "a")
     waiting = store.hold("a")
     store.remove("a")
@@ -403,14 +435,20 @@ def test_what_is_removed_while_it_is_read_takes_no_memory(
 
 
 def test_replacing_needs_no_room_beside_what_it_replaces(made: tuple[ServedBase, Path], directory: Path) -> None:
-    store = Store(made[0], bases.read(made[0], directory / "a").layout.bytes)
+    store = Store(made[0], bases.describe(made[0], directory / "a").layout.bytes)
     store.replace("a", directory / "a")
     assert store.replace("a", directory / "b").generation == 2
+    store.pin("a", True)
+    assert store.replace("a", directory / "c").generation == 3
+    truncated(directory / "d")
+    with pytest.raises(ArtefactError):
+        store.replace("a", directory / "d")
+    assert store.status("a").state == "resident"
     assert store.totals()["bytes"] == store.budget_bytes
 
 
 def test_many_threads_at_once_leave_the_books_in_order(made: tuple[ServedBase, Path], directory: Path) -> None:
-    size = bases.read(made[0], directory / "a").layout.bytes
+    size = bases.describe(made[0], directory / "a").layout.bytes
     store = Store(made[0], 3 * size)
     for name in "abcd":
         store.register(name, directory / name)
@@ -441,6 +479,92 @@ def test_many_threads_at_once_leave_the_books_in_order(made: tuple[ServedBase, P
     assert faults == []
     assert store.totals()["bytes"] == size * store.totals()["resident"] <= 3 * size
     assert store._holders == {}
+
+
+def test_a_name_that_is_registered_while_it_is_read_gets_the_new_files(
+    store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go, describe = threading.Event(), threading.Event(), stores.describe
+
+    def slow(served: ServedBase, folder: Path) -> Any:
+        found = describe(served, folder)
+        began.set()
+        go.wait(10)
+        return found
+
+    monkeypatch.setattr(stores, "describe", slow)
+    store.register("x", directory / "a")
+    waiting = store.hold("x")
+    assert began.wait(10)
+    store.register("x", directory / "b")
+    go.set()
+    found = waiting.result(10)
+    assert (found.generation, found.sha256) == (2, describe(store.served, directory / "b").adapter.description_sha256)
+    assert get(store, "x") is not None
+    store.release(found)
+    assert store.totals()["bytes"] == found.bytes
+
+
+def test_a_new_name_that_fails_takes_nothing_from_one_that_was_registered_meanwhile(
+    store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(served: ServedBase, folder: Path) -> Any:
+        store.register("x", directory / "a")
+        raise ArtefactError("adapter.damaged", "It is broken.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, "describe", fails)
+        with pytest.raises(ArtefactError):
+            store.replace("x", directory / "b")
+    assert get(store, "x")
+
+
+def test_a_folder_that_is_exchanged_while_it_is_read_is_read_again(
+    store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = bases.Described.read_tensors
+
+    def exchanged(found: bases.Described) -> Any:
+        monkeypatch.setattr(bases.Described, "read_tensors", read)
+        shutil.rmtree(directory / "a")
+        shutil.copytree(directory / "b", directory / "a")
+        return read(found)
+
+    monkeypatch.setattr(bases.Described, "read_tensors", exchanged)
+    store.register("a", directory / "a")
+    assert get(store, "a").sha256 == stores.describe(store.served, directory / "b").adapter.description_sha256
+    assert store.counts.failures == {}
+
+
+def test_a_name_that_comes_again_goes_on_counting(store: Store, directory: Path) -> None:
+    store.replace("a", directory / "a")
+    store.replace("a", directory / "b")
+    store.remove("a")
+    assert store.replace("a", directory / "c").generation == 3
+    with pytest.raises(GenerationError):
+        store.replace("a", directory / "d", if_generation=1)
+
+
+def test_what_fails_is_said_once_and_every_caller_gets_an_error_of_their_own(
+    made: tuple[ServedBase, Path], directory: Path
+) -> None:
+    said: list[str] = []
+    store = Store(made[0], 1 << 30, said.append)
+    truncated(directory / "a")
+    store.register("a", directory / "a")
+    errors = [store.hold("a").exception(10) for _ in range(3)]
+    assert len({id(error) for error in errors}) == 3
+    assert {type(error) for error in errors} == {ArtefactError}
+    assert len(said) == 1
+    assert said[0].startswith("a: cannot be used; ")
+
+
+def test_pages_of_a_piece_that_was_given_back_are_let_go() -> None:
+    pieces = Pieces()
+    piece = pieces.take(1 << 20)
+    piece.fill_(7)
+    pieces.give_back(piece)
+    assert int(pieces.take(1 << 20)[1 << 16 : -(1 << 16)].max()) == 0
 
 
 # -- names that could lead elsewhere
@@ -558,6 +682,44 @@ def test_a_disk_that_is_full_leaves_no_trace(
     assert sorted(path.name for path in directory.iterdir()) == ["a", "b", "c", "d"]
 
 
+def test_nobody_reads_a_folder_while_an_upload_exchanges_it(
+    store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.register("a", directory / "a")
+    new, replace, waiting = files_of(directory / "b"), store.replace, []
+
+    def asked_in_between(*given: Any, **named: Any) -> Resident:
+        waiting.append(store.hold("a"))
+        time.sleep(0.2)
+        return replace(*given, **named)
+
+    monkeypatch.setattr(store, "replace", asked_in_between)
+    put = uploads.put(store, directory, "a", new, if_generation=1)
+    assert waiting[0].result(10) is put
+
+
+def test_an_upload_takes_no_name_of_the_command_line_and_no_plain_file(
+    store: Store, made: tuple[ServedBase, Path], directory: Path
+) -> None:
+    store.replace("named", made[1] / "a")
+    (directory / "plain").write_text("mine")
+    for name in ("named", "plain"):
+        with pytest.raises(DataError):
+            uploads.put(store, directory, name, files_of(made[1] / "b"))
+    assert (directory / "plain").read_text() == "mine"
+    assert not (directory / "named").exists()
+
+
+def test_what_killed_uploads_left_is_cleared_and_what_they_moved_aside_comes_back(directory: Path) -> None:
+    kept = files_of(directory / "a")
+    (directory / "a").rename(directory / ".trimtab-old-a")
+    shutil.copytree(directory / "b", directory / ".trimtab-old-b")
+    shutil.copytree(directory / "b", directory / ".trimtab-new-0123")
+    uploads.tidy(directory)
+    assert sorted(path.name for path in directory.iterdir()) == ["a", "b", "c", "d"]
+    assert files_of(directory / "a") == kept
+
+
 # -- the watched directory
 
 
@@ -574,18 +736,19 @@ def test_folders_come_change_and_go(store: Store, made: tuple[ServedBase, Path],
     shutil.rmtree(directory / "a")
     (directory / ".draft").rename(directory / "a")
     watch.look()
-    assert store.names() == ["a", "b", "c"]  # what is new has not settled yet
+    assert store.names() == ["a", "b", "c", "d"]  # what is new, or gone, has not settled yet
     watch.look()
     assert store.names() == ["a", "b", "c", "e"]
     new = get(store, "a")
     assert (new.generation, new.sha256 != old.sha256) == (2, True)
     watch.look()
     assert get(store, "a") is new
-    assert said == ["d: removed", f"a: replaced by {new.version}", "e: added"]
+    assert said == [f"a: replaced by {new.version}", "d: removed", "e: added"]
 
 
 def test_a_bad_change_leaves_the_old_one_and_is_told_once(store: Store, directory: Path) -> None:
     said: list[str] = []
+    store = Store(store.served, store.budget_bytes, said.append)
     watch = Watch(store, directory, said.append)
     watch.first_look()
     old = get(store, "a")
@@ -596,7 +759,7 @@ def test_a_bad_change_leaves_the_old_one_and_is_told_once(store: Store, director
     assert get(store, "a") is old
     assert store.status("a").reason
     assert len(said) == 1
-    assert said[0].startswith("a: not replaced; ")
+    assert said[0].startswith("a: cannot be used; ")
 
 
 def test_a_folder_that_is_still_being_copied_is_left_alone(
@@ -644,3 +807,68 @@ def test_what_the_command_line_named_is_not_the_directorys_to_forget(
     watch.first_look()
     watch.look()
     assert "named" in store.names()
+
+
+def test_a_directory_does_not_take_a_name_that_is_served_from_elsewhere(
+    store: Store, made: tuple[ServedBase, Path], directory: Path
+) -> None:
+    watch = Watch(store, directory)
+    watch.first_look()
+    named = store.replace("named", made[1] / "a")
+    shutil.copytree(directory / "b", directory / "named")
+    for _ in range(3):
+        watch.look()
+    assert get(store, "named") is named
+    shutil.rmtree(directory / "named")
+    for _ in range(3):
+        watch.look()
+    assert get(store, "named") is named
+
+
+def test_a_folder_that_was_put_under_another_name_is_watched_too(store: Store, directory: Path) -> None:
+    watch = Watch(store, directory)
+    watch.first_look()
+    old = store.replace("alias", directory / "a")
+    watch.look()
+    shutil.rmtree(directory / "a")
+    shutil.copytree(directory / "b", directory / "a")
+    for _ in range(2):
+        watch.look()
+    assert get(store, "alias").sha256 == get(store, "a").sha256 != old.sha256
+    shutil.rmtree(directory / "a")
+    for _ in range(2):
+        watch.look()
+    assert store.names() == ["b", "c", "d"]
+
+
+def test_a_name_stays_while_its_folder_is_exchanged(store: Store, directory: Path) -> None:
+    watch = Watch(store, directory)
+    watch.first_look()
+    old = get(store, "a")
+    (directory / "a").rename(directory / ".old")
+    watch.look()
+    assert get(store, "a") is old
+    (directory / "b").rename(directory / "a")
+    watch.look()
+    watch.look()
+    assert get(store, "a").generation == 2
+
+
+def test_a_replacement_that_had_no_room_is_tried_again_and_says_why(
+    made: tuple[ServedBase, Path], directory: Path
+) -> None:
+    said: list[str] = []
+    store = Store(made[0], 1 << 30, said.append)
+    watch = Watch(store, directory, said.append)
+    watch.first_look()
+    old = store.hold("a").result(10)
+    store.budget_bytes = old.bytes
+    shutil.rmtree(directory / "a")
+    shutil.copytree(directory / "b", directory / "a")
+    for _ in range(4):
+        watch.look()
+    assert len(said) == 1
+    assert "No room" in store.status("a").reason
+    store.release(old)
+    watch.look()
+    assert get(store, "a").generation == 2

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,8 @@ class Adapter:
     """What logits are divided by before they become probabilities."""
     tensors_sha256: str
     """Of adapter_model.safetensors."""
+    description_sha256: str
+    """Of what trimtab.json says, the sums of the other files among it."""
 
     @property
     def sha256(self) -> str:
@@ -155,13 +157,13 @@ def probe(forward: Forward, tokenizer: Tokenizer, max_length: int) -> npt.NDArra
     return compute_logits(forward, tokens.encode(PROBES, tokenizer, max_length))
 
 
-def read(folder: Path, tokenizers: MutableMapping[tuple[str, int], Tokenizer] | None = None) -> Adapter:
+def read(folder: Path, shared: Tokenizer | None = None) -> Adapter:
     """Reads an adapter folder.
 
     Args:
         folder: Where it is.
-        tokenizers: Those that are in memory already, by the sha256 of their text and their pad id. What the adapter
-            says it was trained with is taken from there, unread, else read and put there.
+        shared: A tokenizer that is in memory already: taken, and the adapter's own left unread, where the adapter says
+            that it was trained with the very same.
 
     Raises:
         ArtefactError: it is not one of ours, is incomplete, or has a newer schema.
@@ -193,15 +195,13 @@ def read(folder: Path, tokenizers: MutableMapping[tuple[str, int], Tokenizer] | 
             raise ValueError(f"max_length {preprocessing['max_length']} cannot be")
         if not 0 <= int(preprocessing["pad_id"]) < 1 << 31:
             raise ValueError(f"pad_id {preprocessing['pad_id']} cannot be")
-        pad_id, known = int(preprocessing["pad_id"]), {} if tokenizers is None else tokenizers
-        key = (str(preprocessing["tokenizer_sha256"]), pad_id)
-        if key not in known:
-            known[key] = tokens.load(folder, pad_id, key[0])
+        pad_id, trained_with = int(preprocessing["pad_id"]), str(preprocessing["tokenizer_sha256"])
+        is_shared = shared is not None and (shared.sha256, shared.pad_id) == (trained_with, pad_id)
         adapter = Adapter(
             folder=folder,
             labels=Labels(values, names),
             max_length=int(preprocessing["max_length"]),
-            tokenizer=known[key],
+            tokenizer=shared if shared and is_shared else tokens.load(folder, pad_id, trained_with),
             base={key: str(meta["base"][key]) for key in ("name", "hub_id", "weights_sha256", "tokenizer_sha256")},
             lora=described_lora(config),
             head=_modules("head", meta["head"]),
@@ -209,6 +209,7 @@ def read(folder: Path, tokenizers: MutableMapping[tuple[str, int], Tokenizer] | 
             computed_in=str(meta.get("computed_in", "float32")),
             temperature=_temperature(meta.get("temperature", 1.0)),  # the first adapters had none
             tensors_sha256=str(meta["tensors_sha256"]),
+            description_sha256=_digest(meta),
         )
         _check_descriptions(folder, meta)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -614,6 +614,9 @@ def serve(
         ),
         _say,
     )
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # all is answered and closed; threads that hang on a disk would be waited for
 
 
 @app.callback(invoke_without_command=True)

@@ -226,7 +226,7 @@ def _add(block: _Block, begin: int, site: Site, x: Tensor, out: Tensor, bias: Te
 
 @dataclass(frozen=True)
 class Layout:
-    """How one adapter lies in memory, as numbers of 4 bytes: LoRA, then its own layers of the head."""
+    """How one adapter lies in memory: LoRA, then its own layers of the head in float32."""
 
     form: Form
     dtype: torch.dtype

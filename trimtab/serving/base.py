@@ -1,8 +1,7 @@
 """The one base that a server has in memory, and adapters as it needs them: read, checked and laid out beside it."""
 
-import hashlib
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,8 @@ class ServedBase:
     """A base in memory, without any adapter."""
 
     base: Base
+    tokenizer: Tokenizer
+    """Of all its adapters: what makes tokens is program enough to hold up everybody, and comes from no adapter."""
     config: Mapping[str, Any]
     """Its config.json."""
     shapes: Mapping[str, Tensor]
@@ -65,15 +66,24 @@ class ServedBase:
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
-    """An adapter that fits its base, before it has a place in memory."""
+class Described:
+    """An adapter that fits its base by all that it says of itself, before its tensors are read."""
 
     adapter: Adapter
     layout: Layout
     modules: Mapping[tuple[int, int], str]
-    tensors: Mapping[str, Tensor]
-    sha256: str
-    """Of trimtab.json, which holds the sums of the others."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of its tensors, by peft's names."""
+
+    def read_tensors(self) -> dict[str, Tensor]:
+        """Its tensors by the names of the base's weights.
+
+        Raises:
+            ArtefactError: one is missing, extra, of another shape or not finite; the file is damaged.
+        """
+        file = self.adapter.folder / untrusted.TENSORS
+        tensors = untrusted.read_tensors(file, self.shapes, self.adapter.tensors_sha256)
+        return {name.removeprefix(encoders.PEFT): tensor for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +94,9 @@ class Resident:
     generation: int
     """Counts the versions of this name since the server started, from 1; 0: not in use yet."""
     sha256: str
+    """Of its description, the sums of its files among it."""
     labels: Labels
     max_length: int
-    tokenizer: Tokenizer
     temperature: float
     rank: int
     variant: str
@@ -107,8 +117,13 @@ class Resident:
         return self.memory.numel()
 
 
-def load_base(base: Base, settings: RuntimeSettings) -> ServedBase:
+def load_base(base: Base, tokenizer: Tokenizer, settings: RuntimeSettings) -> ServedBase:
     """Reads a base and measures what small products cost beside it.
+
+    Args:
+        base: The base.
+        tokenizer: Its tokenizer, by `tokens.from_base`.
+        settings: Its dtype.
 
     Raises:
         BaseModelError: it is not of the BERT family, which alone is served.
@@ -131,27 +146,18 @@ def load_base(base: Base, settings: RuntimeSettings) -> ServedBase:
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     width = encoder.head.dense.weight.shape[0]
     return ServedBase(
-        base, config, shapes, encoder, dtype, encoders.brings(config, tensors), mixed.measure(width, dtype)
+        base, tokenizer, config, shapes, encoder, dtype, encoders.brings(config, tensors), mixed.measure(width, dtype)
     )
 
 
-def read(
-    served: ServedBase, folder: Path, tokenizers: MutableMapping[tuple[str, int], Tokenizer] | None = None
-) -> Read:
-    """Reads an adapter folder and proves that it fits the base, to the last tensor.
-
-    Args:
-        served: The base.
-        folder: The adapter's folder.
-        tokenizers: Those that are in memory already, for `adapter.read`: their texts have up to 17 MB.
+def describe(served: ServedBase, folder: Path) -> Described:
+    """Reads what an adapter folder says of itself, and proves that it fits the base. Its tensors are not read.
 
     Raises:
-        ArtefactError: it is damaged, not one of ours, or for another base; it stands beside weights outside the layers.
+        ArtefactError: it is damaged, not one of ours, or for another base; it stands beside weights outside the layers;
+            it was trained with another tokenizer than the base's.
     """
-    untrusted.check_files(folder)
-    described = folder / "trimtab.json"
-    sha256 = hashlib.sha256(described.read_bytes()).hexdigest() if described.is_file() else ""
-    adapter = adapter_folder.read(folder, tokenizers)
+    adapter = adapter_folder.read(folder, served.tokenizer)
     if adapter.base["weights_sha256"] != served.base.weights_sha256:
         raise ArtefactError(
             "adapter.other_base",
@@ -160,26 +166,27 @@ def read(
             where=str(folder),
             mend="serve it on its own base: one server for each base",
         )
+    if not adapter.tokenizer.is_like(served.tokenizer):
+        raise ArtefactError(
+            "adapter.other_tokenizer",
+            "This adapter was trained with another tokenizer than the base's.",
+            where=str(folder),
+            mend="trimtab predict answers with it; to serve it, put its tokenizer files into a copy of the base's "
+            "folder, and serve that: --base FOLDER",
+        )
     shape = adapter_folder.described_shape(adapter)
     dora = adapter.lora.variant == "dora"
     try:
         modules = encoders.sites(served.config, served.shapes, adapter.lora.target_modules)
-        expected = encoders.adapter_shapes(served.config, served.shapes, dora=dora, **shape)
+        shapes = encoders.adapter_shapes(served.config, served.shapes, dora=dora, **shape)
     except (NotSupported, ValueError) as found:
         raise ArtefactError("serve.adapter", f"This adapter cannot be served: {found}.", where=str(folder)) from None
     _check(served, adapter, modules, folder)
-    tensors = untrusted.read_tensors(folder / untrusted.TENSORS, expected, adapter.tensors_sha256)
-    own = {name.removeprefix(encoders.PEFT): tensor for name, tensor in tensors.items()}
     form = mixed.form_of(served.encoder, modules, adapter.lora.r, dora=dora)
     dense, _ = encoders.LAYOUTS[served.encoder.head.kind].head
-    layout = Layout(form, served.dtype, served.width, len(adapter.labels), own_dense=dense + ".weight" in own)
-    try:
-        adapter.tokenizer.cutting_at(adapter.max_length)  # built here, where nobody else waits: 0.1 s for MiniLM's
-    except Exception as error:  # the library raises nothing more special
-        raise ArtefactError(
-            "adapter.tokenizer", f"Its tokenizer.json cannot be used: {error}", where=str(folder), mend=_AGAIN
-        ) from None
-    return Read(adapter, layout, modules, own, sha256)
+    own_dense = f"{encoders.PEFT}{dense}.weight" in shapes
+    layout = Layout(form, served.dtype, served.width, len(adapter.labels), own_dense=own_dense)
+    return Described(adapter, layout, modules, shapes)
 
 
 def _check(served: ServedBase, adapter: Adapter, modules: Mapping[tuple[int, int], str], folder: Path) -> None:
@@ -208,24 +215,24 @@ def _check(served: ServedBase, adapter: Adapter, modules: Mapping[tuple[int, int
         )
 
 
-def place(served: ServedBase, found: Read, name: str, memory: Tensor) -> Resident:
+def place(served: ServedBase, found: Described, tensors: Mapping[str, Tensor], name: str, memory: Tensor) -> Resident:
     """Copies an adapter into its piece of memory.
 
     Args:
         served: The base.
         found: The adapter.
+        tensors: What `found.read_tensors` gave.
         name: What requests call it.
         memory: uint8[found.layout.bytes].
     """
     adapter = found.adapter
-    beside = mixed.lay_out(served.encoder, found.layout, found.modules, found.tensors, adapter.lora.scaling, memory)
+    beside = mixed.lay_out(served.encoder, found.layout, found.modules, tensors, adapter.lora.scaling, memory)
     return Resident(
         name=name,
         generation=0,
-        sha256=found.sha256,
+        sha256=adapter.description_sha256,
         labels=adapter.labels,
         max_length=adapter.max_length,
-        tokenizer=adapter.tokenizer,
         temperature=adapter.temperature,
         rank=adapter.lora.r,
         variant=adapter.lora.variant,

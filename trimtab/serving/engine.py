@@ -124,7 +124,8 @@ class Engine:
         self._rows = self._tokens = 0
         self._of_adapter: dict[str, int] = {}
         self._is_closing = False
-        self._computed, self._took = 0.0, 0.0
+        self._computed, self._took, self._tokens_per_s = 0.0, 0.0, 0.0
+        """Of the last batches, each counting 0.9 of the next; and the speed of all threads together, 0: not known."""
         self._idle = 0
         self._beats = [time.monotonic()] * workers
         """When each thread took its batch; infinity while it waits."""
@@ -216,19 +217,10 @@ class Engine:
                 raise OverloadedError(f'"{name}" fills its part of the queue: {waiting:,} tokens wait.', self.wait_s)
 
     @property
-    def _tokens_per_s(self) -> float:
-        """The speed of all threads together, by the last batches; 0: not known yet.
-
-        One full batch must be among them: by the first few texts alone, computed while adapters were read, a cold
-        server refused 256 texts.
-        """
-        is_known = self._computed >= self.limits.batch_tokens
-        return len(self._threads) * self._computed / self._took if is_known else 0.0
-
-    @property
     def wait_s(self) -> float:
         """How long the rows that wait will take, by the speed of the last batches; at least a second."""
-        return max(1.0, self._tokens / self._tokens_per_s) if self._tokens_per_s else 1.0
+        speed = self._tokens_per_s
+        return max(1.0, self._tokens / speed) if speed else 1.0
 
     @property
     def backlog(self) -> tuple[int, int]:
@@ -238,9 +230,9 @@ class Engine:
     @property
     def is_full(self) -> bool:
         """Whether a request would most likely be refused."""
-        limits = self.limits
+        limits, speed = self.limits, self._tokens_per_s
         too_many = self._tokens >= limits.queue_tokens or self._rows >= limits.queue_rows
-        return too_many or (bool(self._tokens_per_s) and self._tokens > limits.queue_s * self._tokens_per_s)
+        return too_many or (speed > 0 and self._tokens > limits.queue_s * speed)
 
     @property
     def is_alive(self) -> bool:
@@ -351,6 +343,9 @@ class Engine:
             # Tokens and seconds apart: many batches of a few tokens say little of how fast a full one is.
             self._computed = 0.9 * self._computed + sum(lengths)
             self._took = 0.9 * self._took + took
+            # Nor when it is cold: by the first few texts, computed while adapters were read, it refused 256 texts.
+            if self._computed >= self.limits.batch_tokens:
+                self._tokens_per_s = len(self._threads) * self._computed / self._took
             totals.batches += 1
             totals.rows += len(batch)
             totals.tokens += sum(lengths)

@@ -4,6 +4,7 @@ An ASGI middleware, so that a route that forgets to ask cannot be written: what 
 there are tokens.
 """
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,15 @@ class State:
     is_draining: bool = False
     failures: dict[str, int] = field(default_factory=dict)
     """Refusals of the guard, by error type."""
+    running: set[asyncio.Timeout] = field(default_factory=set)
+    """Of each request that was accepted and is not answered yet: what ends it."""
+    unanswered: int = 0
+    """Accepted requests that were told in the end that the server stops."""
+
+    def give_up(self) -> None:
+        """Ends the requests that are still under way, each with the answer that the server stops."""
+        for limit in list(self.running):
+            limit.reschedule(0.0)
 
 
 class _GoneError(Exception):
@@ -67,6 +77,30 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        has_begun = False
+
+        async def sent(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                if self.state.is_draining:  # no second request on this connection: it would be lost
+                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                await self._pass(scope, receive, sent, limit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            self.state.unanswered += 1
+            if not has_begun:
+                await self._refuse(sent, 503, "unhealthy", "The server stops before this was answered.", 5)
+        finally:
+            self.state.running.discard(limit)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, limit: asyncio.Timeout) -> None:
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
         is_public = scope["path"] in PUBLIC or scope["path"].startswith(PUBLIC_FOLDERS)
         caller = ANYBODY
@@ -79,6 +113,8 @@ class Guard:
         if self.state.is_draining and not is_public:
             await self._refuse(send, 503, "unhealthy", "The server stops; it takes no new requests.", retry_after_s=5)
             return
+        if not is_public:
+            self.state.running.add(limit)
         scope.setdefault("state", {})["caller"] = caller
         if sum(len(key) + len(value) for key, value in scope["headers"]) > self.limits.header_bytes:
             await self._refuse(

@@ -1,9 +1,10 @@
 """Routes that answer texts, in the shapes of three families of clients: TEI's, vLLM's, KServe's."""
 
 import asyncio
+import json
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
@@ -14,7 +15,6 @@ from fastapi import Path as InPath
 from trimtab.errors import DataError
 from trimtab.serving.access import Token
 from trimtab.serving.formats import (
-    Classified,
     ClassifyRequest,
     ClassifyResponse,
     InferRequest,
@@ -22,7 +22,6 @@ from trimtab.serving.formats import (
     InferTensor,
     PredictRequest,
     Score,
-    Usage,
     failures,
 )
 from trimtab.serving.guard import Limits
@@ -57,17 +56,19 @@ class Answers:
             )
         return visible[0]
 
-    async def __call__(
-        self, request: Request, items: Sequence[Item], *, raw_scores: bool = False
-    ) -> tuple[list[Answer], Times]:
-        """The answers of a request's texts."""
-        if not items:
+    def check_number(self, texts: Sequence[object]) -> None:
+        """Refuses too many texts, or none, before anything is looked up for each."""
+        if not texts:
             raise HTTPException(400, "There is no input.")
-        if len(items) > self.limits.texts:
-            raise DataError("serve.batch", f"{len(items):,} texts; one request takes {self.limits.texts:,}.")
+        if len(texts) > self.limits.texts:
+            raise DataError("serve.batch", f"{len(texts):,} texts; one request takes {self.limits.texts:,}.")
+
+    async def __call__(self, request: Request, items: Sequence[Item]) -> tuple[list[Answer], Times]:
+        """The answers of a request's texts."""
+        self.check_number(items)
         if (size := sum(len(item.text) for item in items)) > self.limits.characters:
             raise DataError("serve.text", f"{size:,} characters; one request takes {self.limits.characters:,}.")
-        work = self.service.answer(items, timeout_s=_timeout_s(request), raw_scores=raw_scores)
+        work = self.service.answer(items, timeout_s=_timeout_s(request))
         answers, times = await _while_connected(request, work)
         self.metrics.answered(answers, times)
         return answers, times
@@ -107,13 +108,28 @@ async def _gone(request: Request) -> None:
         pass
 
 
+async def _answered(answers: Sequence[Answer], times: Times, body: Callable[[], object]) -> Response:
+    """A body with its headers, made beside the event loop: 64 texts of 20,000 labels held it for 10 s."""
+    made = await asyncio.to_thread(lambda: json.dumps(body(), ensure_ascii=False, allow_nan=False).encode())
+    return Response(made, headers=_headers(answers, times), media_type="application/json")
+
+
+_HEADER_BYTES = 2_000  # proxies take 4,096 for all headers together, some of them
+
+
 def _headers(answers: Sequence[Answer], times: Times) -> dict[str, str]:
-    """Which adapter answered in which version, one for each text where they differ, and TEI's times in ms."""
+    """Which adapter answered in which version, one for each text where they differ, and TEI's times in ms.
+
+    Where that would be too long for a header, the answer has neither: whoever sent `models` knows the names.
+    """
     names = [answer.resident.name for answer in answers]
     versions = [answer.resident.version for answer in answers]
-    return {
-        "x-adapter": ",".join(names if len(set(names)) > 1 else names[:1]),
-        "x-adapter-version": ",".join(versions if len(set(names)) > 1 else versions[:1]),
+    differ = len(set(names)) > 1
+    named = {
+        "x-adapter": ",".join(names if differ else names[:1]),
+        "x-adapter-version": ",".join(versions if differ else versions[:1]),
+    }
+    return (named if max(map(len, named.values())) <= _HEADER_BYTES else {}) | {
         "x-truncated": str(sum(answer.prediction.truncated for answer in answers)),
         "x-compute-characters": str(sum(len(answer.prediction.text) for answer in answers)),
         "x-compute-tokens": str(sum(answer.tokens for answer in answers)),
@@ -123,12 +139,12 @@ def _headers(answers: Sequence[Answer], times: Times) -> dict[str, str]:
     }
 
 
-def _scores(answer: Answer, body: PredictRequest) -> list[Score]:
-    """The labels of one text, the best first."""
+def _scores(answer: Answer, body: PredictRequest) -> list[dict[str, object]]:
+    """The labels of one text as `Score`s, the best first."""
     labels = answer.resident.labels.values
-    values = answer.logits.tolist() if body.raw_scores else answer.prediction.scores.values()
-    scores = sorted(zip(values, labels, strict=True), key=lambda pair: -pair[0])
-    return [Score(score=float(score), label=label) for score, label in scores[: body.top_k]]
+    values = answer.logits if body.raw_scores else np.array(list(answer.prediction.scores.values()))
+    best = np.argsort(-values, kind="stable")[: body.top_k]
+    return [{"score": float(values[i]), "label": labels[i]} for i in best]
 
 
 PAIR = (
@@ -153,10 +169,11 @@ def _texts(inputs: str | list[str] | list[list[str]]) -> tuple[list[str], bool]:
 
 
 async def _predict(
-    answers: Answers, request: Request, response: Response, body: PredictRequest, adapter: str | None = None
-) -> list[Score] | list[list[Score]]:
-    """TEI's predict; `adapter` is what the address names."""
+    answers: Answers, request: Request, body: PredictRequest, adapter: str | None = None, *, in_lists: bool = False
+) -> Response:
+    """TEI's predict; `adapter` is what the address names. `in_lists`: one text's scores stand in a list too."""
     texts, is_batch = _texts(body.inputs)
+    answers.check_number(texts)
     if body.truncation_direction.lower() == "left":
         raise DataError("serve.truncation", "Texts are cut on their right, as in training.")
     if body.models is None:
@@ -167,13 +184,15 @@ async def _predict(
         raise DataError("serve.models", f"{len(body.models)} models for {len(texts)} inputs.")
     else:
         names = [answers.adapter(request, name) for name in body.models]
-    items = [Item(name, text) for name, text in zip(names, texts, strict=True)]
-    found, times = await answers(request, items, raw_scores=body.raw_scores)
+    found, times = await answers(request, [Item(name, text) for name, text in zip(names, texts, strict=True)])
     if body.truncate is False and (cut := [i for i, one in enumerate(found) if one.prediction.truncated]):
         raise DataError("serve.truncated", f"Input {cut[0]} is longer than {found[cut[0]].resident.max_length} tokens.")
-    response.headers.update(_headers(found, times))
-    scores = [_scores(one, body) for one in found]
-    return scores if is_batch else scores[0]
+
+    def scores() -> object:
+        made = [_scores(one, body) for one in found]
+        return made if is_batch or in_lists else made[0]
+
+    return await _answered(found, times, scores)
 
 
 def _agreed(adapter: str | None, model: str | None) -> str | None:
@@ -185,75 +204,71 @@ def _agreed(adapter: str | None, model: str | None) -> str | None:
 
 def tei(app: FastAPI, answers: Answers) -> None:
     """TEI's predict, and what Hugging Face's client expects of an address of its own."""
+    either: dict[str, Any] = {"responses": FAILURES, "response_model": list[Score] | list[list[Score]]}
 
-    @app.post("/predict", tags=["predict"], summary="TEI's predict", responses=FAILURES)
-    async def predict(request: Request, response: Response, body: PredictRequest) -> list[Score] | list[list[Score]]:
-        return await _predict(answers, request, response, body)
+    @app.post("/predict", tags=["predict"], summary="TEI's predict", **either)
+    async def predict(request: Request, body: PredictRequest) -> Response:
+        return await _predict(answers, request, body)
 
     @app.post(
-        "/a/{adapter}/predict",
+        "/a/{adapter}/predict", tags=["predict"], summary="TEI's predict; the address names the adapter", **either
+    )
+    async def predict_by(request: Request, adapter: AdapterName, body: PredictRequest) -> Response:
+        return await _predict(answers, request, body, adapter)
+
+    @app.post(
+        "/a/{adapter}",
         tags=["predict"],
-        summary="TEI's predict; the address names the adapter",
+        summary="Hugging Face's text classification",
         responses=FAILURES,
+        response_model=list[list[Score]],
     )
-    async def predict_by(
-        request: Request, response: Response, adapter: AdapterName, body: PredictRequest
-    ) -> list[Score] | list[list[Score]]:
-        return await _predict(answers, request, response, body, adapter)
-
-    @app.post("/a/{adapter}", tags=["predict"], summary="Hugging Face's text classification", responses=FAILURES)
-    async def hugging_face(
-        request: Request, response: Response, adapter: AdapterName, body: PredictRequest
-    ) -> list[list[Score]]:
-        found = await _predict(answers, request, response, body, adapter)
+    async def hugging_face(request: Request, adapter: AdapterName, body: PredictRequest) -> Response:
         # Its client reads the first list alone, so that one text's scores stand in a list of their own.
-        return [one for one in found if isinstance(one, list)] or [[one for one in found if isinstance(one, Score)]]
+        return await _predict(answers, request, body, adapter, in_lists=True)
 
 
-async def _classify(
-    answers: Answers, request: Request, response: Response, body: ClassifyRequest, adapter: str | None = None
-) -> ClassifyResponse:
+async def _classify(answers: Answers, request: Request, body: ClassifyRequest, adapter: str | None = None) -> Response:
     """VLLM's classify; `adapter` is what the address names."""
-    name = answers.adapter(request, _agreed(adapter, body.model))
     texts = [body.input] if isinstance(body.input, str) else body.input
+    answers.check_number(texts)
+    name = answers.adapter(request, _agreed(adapter, body.model))
     found, times = await answers(request, [Item(name, text) for text in texts])
-    response.headers.update(_headers(found, times))
     tokens = sum(one.tokens for one in found)
-    return ClassifyResponse(
-        id=f"classify-{uuid.uuid4().hex}",
-        created=int(time.time()),
-        model=name,
-        data=[
-            Classified(
-                index=i,
-                label=one.prediction.label,
-                probs=list(one.prediction.scores.values()),
-                num_classes=len(one.prediction.scores),
-            )
-            for i, one in enumerate(found)
-        ],
-        usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
-    )
+
+    def classified() -> object:
+        return {
+            "id": f"classify-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": name,
+            "data": [
+                {
+                    "index": i,
+                    "label": one.prediction.label,
+                    "probs": list(one.prediction.scores.values()),
+                    "num_classes": len(one.prediction.scores),
+                }
+                for i, one in enumerate(found)
+            ],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+        }
+
+    return await _answered(found, times, classified)
 
 
 def vllm(app: FastAPI, answers: Answers) -> None:
     """VLLM's classify."""
+    documented: dict[str, Any] = {"tags": ["predict"], "responses": FAILURES, "response_model": ClassifyResponse}
 
-    @app.post("/classify", tags=["predict"], summary="vLLM's classify", responses=FAILURES)
-    @app.post("/v1/classify", tags=["predict"], summary="vLLM's classify", responses=FAILURES)
-    async def classify(request: Request, response: Response, body: ClassifyRequest) -> ClassifyResponse:
-        return await _classify(answers, request, response, body)
+    @app.post("/classify", summary="vLLM's classify", **documented)
+    @app.post("/v1/classify", summary="vLLM's classify", **documented)
+    async def classify(request: Request, body: ClassifyRequest) -> Response:
+        return await _classify(answers, request, body)
 
-    @app.post(
-        "/a/{adapter}/v1/classify",
-        tags=["predict"],
-        summary="vLLM's classify; the address names the adapter",
-        responses=FAILURES,
-    )
-    async def classify_by(
-        request: Request, response: Response, adapter: AdapterName, body: ClassifyRequest
-    ) -> ClassifyResponse:
-        return await _classify(answers, request, response, body, adapter)
+    @app.post("/a/{adapter}/v1/classify", summary="vLLM's classify; the address names the adapter", **documented)
+    async def classify_by(request: Request, adapter: AdapterName, body: ClassifyRequest) -> Response:
+        return await _classify(answers, request, body, adapter)
 
 
 def kserve(app: FastAPI, answers: Answers) -> None:
@@ -265,9 +280,9 @@ def kserve(app: FastAPI, answers: Answers) -> None:
         tags=["predict"],
         summary="KServe's infer",
         responses=FAILURES,
-        response_model_exclude_none=True,
+        response_model=InferResponse,
     )
-    async def infer(request: Request, response: Response, adapter: AdapterName, body: InferRequest) -> InferResponse:
+    async def infer(request: Request, adapter: AdapterName, body: InferRequest) -> Response:
         name = answers.adapter(request, adapter)
         if "content-type" not in request.headers and "origin" in request.headers:
             raise HTTPException(415, "A web page declares its body as application/json.")  # else it needs no leave
@@ -275,10 +290,15 @@ def kserve(app: FastAPI, answers: Answers) -> None:
         wanted = {one.name for one in body.outputs or ()} or set(_OUTPUTS)
         if unknown := sorted(wanted - set(_OUTPUTS)):
             raise DataError("serve.outputs", f"There is no output {unknown[0]!r}: {', '.join(_OUTPUTS)}.")
+        answers.check_number(texts)
         found, times = await answers(request, [Item(name, text) for text in texts])
-        response.headers.update(_headers(found, times))
-        outputs = [tensor for tensor in _tensors(found) if tensor.name in wanted]
-        return InferResponse(model_name=name, model_version=found[0].resident.version, id=body.id, outputs=outputs)
+
+        def inferred() -> object:
+            said = {"model_name": name, "model_version": found[0].resident.version}
+            said |= {} if body.id is None else {"id": body.id}
+            return said | {"outputs": [tensor for tensor in _tensors(found) if tensor["name"] in wanted]}
+
+        return await _answered(found, times, inferred)
 
     app.include_router(router)
 
@@ -300,18 +320,20 @@ def _tensor_texts(tensor: InferTensor) -> list[str]:
     return data
 
 
-def _tensors(answers: Sequence[Answer]) -> list[InferTensor]:
+def _tensors(answers: Sequence[Answer]) -> list[dict[str, object]]:
+    """`label`, `score` and `probs` as `InferTensor`s."""
     labels = answers[0].resident.labels.values
     rows = len(answers)
     probabilities = [float(np.float32(p)) for one in answers for p in one.prediction.scores.values()]
+    predicted = [one.prediction for one in answers]
     return [
-        InferTensor(name="label", shape=[rows], datatype="BYTES", data=[one.prediction.label for one in answers]),
-        InferTensor(name="score", shape=[rows], datatype="FP32", data=[one.prediction.score for one in answers]),
-        InferTensor(
-            name="probs",
-            shape=[rows, len(labels)],
-            datatype="FP32",
-            parameters={"labels": list(labels)},
-            data=probabilities,
-        ),
+        {"name": "label", "shape": [rows], "datatype": "BYTES", "data": [one.label for one in predicted]},
+        {"name": "score", "shape": [rows], "datatype": "FP32", "data": [one.score for one in predicted]},
+        {
+            "name": "probs",
+            "shape": [rows, len(labels)],
+            "datatype": "FP32",
+            "parameters": {"labels": list(labels)},
+            "data": probabilities,
+        },
     ]

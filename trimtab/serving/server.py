@@ -3,10 +3,12 @@
 import asyncio
 import gc
 import logging
+import multiprocessing
 import re
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +19,14 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimtab import adapter as adapter_folder
+from trimtab import tokens
 from trimtab.config import RuntimeSettings
 from trimtab.device import place
 from trimtab.errors import ArtefactError, RecipeError, ResourceError, TrimtabError, some
 from trimtab.hub import Base, find_base
 from trimtab.machine import available_memory
 from trimtab.rundir import adapter_in
-from trimtab.serving import access
+from trimtab.serving import access, uploads
 from trimtab.serving.app import Manners, build
 from trimtab.serving.base import load_base
 from trimtab.serving.engine import Engine
@@ -32,6 +35,7 @@ from trimtab.serving.guard import Limits, State
 from trimtab.serving.service import Service
 from trimtab.serving.store import NAME, Store, folders
 from trimtab.serving.watch import Watch
+from trimtab.tokens import Tokenizer
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -63,6 +67,8 @@ class Options:
 def serve(options: Options, say: Callable[[str], None]) -> None:
     """Serves until a signal asks to stop; then what was accepted is answered.
 
+    Threads that hang, on a disk that does not answer, are left behind: who calls this ends the process.
+
     Args:
         options: What to serve, and how.
         say: Receives lines for people.
@@ -70,7 +76,10 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
     Raises:
         TrimtabError: what was asked for cannot be served; nothing was opened.
     """
-    manners = _manners(options)
+    manners, budget = _manners(options), _bytes(options.memory)
+    for flag, seconds in (("--watch", options.watch_s), ("--drain", options.drain_s)):
+        if not 0 <= seconds <= _DAY_S:
+            raise RecipeError("serve.seconds", f"{seconds:g} s cannot be.", where=flag, mend="0 to 86400: a day")
     named = _named(options.adapters)
     directory = None if options.directory is None else _directory(options.directory)
     if directory is not None and (both := sorted(named.keys() & dict(folders(directory)).keys())):
@@ -80,13 +89,16 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             where=str(directory / both[0]),
             mend=f"another name: {both[0]}-2={named[both[0]]}",
         )
-    listening = _listen(options.host, options.port)
+    if directory is not None and options.admin:
+        uploads.tidy(directory)
+    listening = _bind(options.host, options.port)
     try:
         placement = place(options.runtime)
-        served = load_base(_base(options.base, named, directory), options.runtime)
+        base = _base(options.base, named, directory)
+        served = load_base(base, _tokenizer(base), options.runtime)
         how = f"{served.config['model_type']}, {str(served.dtype)[6:]}, {placement.threads} threads"
         say(f"base      {served.name} ({how})")
-        store = Store(served, _bytes(options.memory))
+        store = Store(served, budget, say)
         for name, folder in named.items():
             store.replace(name, folder)
         watch = None
@@ -97,8 +109,8 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
                 watch.start(options.watch_s)
         totals = store.totals()
         say(
-            f"adapters  {totals['registered']:,} ({totals['resident']:,} in memory, the others when asked for), "
-            f"{store.budget_bytes / 1e9:.1f} GB for them"
+            f"adapters  {some(store.names()) or 'none yet'} ({totals['resident']:,} of {totals['registered']:,} in "
+            f"memory, the others when asked for; {budget / 1e9:.1f} GB for them)"
         )
         service, state = Service(store, Engine(served, options.queue, workers=placement.threads)), State()
         port = listening.getsockname()[1]
@@ -108,12 +120,14 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             state.is_ready = True
             say(f"ready     http://{host}:{port}   (page at /, API at /docs; Ctrl-C stops)")
 
-        server = _Server(_config(build(service, manners, state, watch), options), state, ready)
-        asyncio.run(server.serve(sockets=[listening]))
+        server = _Server(_config(build(service, manners, state, watch), options), state, ready, options.drain_s)
+        # Not asyncio.run, which would wait at its end for threads that hang on a disk.
+        asyncio.new_event_loop().run_until_complete(server.serve(sockets=[listening]))
         if watch is not None:
             watch.stop()
-        done = service.close(options.drain_s)
-        say("stopped; all that was accepted has been answered" if done else "stopped; some requests were not answered")
+        service.close(_LAST_S)
+        left = f"{state.unanswered:,} accepted requests were told that it stops (503)"
+        say(f"stopped; {left if state.unanswered else 'all that was accepted has been answered'}")
     finally:
         listening.close()
 
@@ -144,8 +158,11 @@ def _named(adapters: Sequence[str]) -> dict[str, Path]:
     """The adapters of the command line by name: what stands before =, else the last part of the path."""
     named: dict[str, Path] = {}
     for said in adapters:
-        given, _, path = said.rpartition("=")
-        name = given or next((part for part in reversed(Path(path).parts) if part != "adapter"), "")
+        given, equals, path = said.partition("=")
+        if not equals or not NAME.fullmatch(given):  # a path, which may hold one: runs/lr=0.1
+            path = said
+            given = next((part for part in reversed(Path(path).parts) if part != "adapter"), "")
+        name = given
         if not NAME.fullmatch(name):
             raise RecipeError(
                 "serve.name",
@@ -195,7 +212,7 @@ def _base(said: str | None, named: dict[str, Path], directory: Path | None) -> B
             "serve.base",
             f"None of {len(problems)} adapters tells the base: {some(error.what for error in problems[:2])}",
             where=str(directory),
-            mend="--base BASE",
+            mend=f"{problems[0].mend}; where the adapters will come later: --base BASE",
         )
     raise RecipeError(
         "serve.base",
@@ -205,18 +222,24 @@ def _base(said: str | None, named: dict[str, Path], directory: Path | None) -> B
     )
 
 
+def _tokenizer(base: Base) -> Tokenizer:
+    """The base's tokenizer, made in a process of its own: transformers, which knows how, takes 230 MB for good."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+        return child.submit(tokens.from_base, base.folder).result()
+
+
 def _bytes(said: str | None) -> int:
     """A size such as 4GB or 800MB; None: half of the memory that is free."""
     if said is None:
         return available_memory() // 2
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])i?B?", said.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([KMG])i?B?", said.strip(), re.IGNORECASE)
     if found is None:
         raise RecipeError("serve.memory", f'"{said}" is no size.', where="--memory", mend="--memory 4GB or 800MB")
     return int(float(found.group(1)) * {"K": 1e3, "M": 1e6, "G": 1e9}[found.group(2).upper()])
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, taken before the base is read: a port in use should not cost a minute."""
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that holds the port before the base is read: one that is in use should not cost a minute."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
@@ -249,7 +272,7 @@ def _config(app: Any, options: Options) -> uvicorn.Config:
         log_config=None,
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(options.drain_s)),
+        timeout_graceful_shutdown=_LAST_S,  # for clients that are slow to take their answers
         h11_max_incomplete_event_size=options.limits.header_bytes,
         backlog=1_024,
     )
@@ -258,9 +281,9 @@ def _config(app: Any, options: Options) -> uvicorn.Config:
 class _Server(uvicorn.Server):
     """uvicorn's server, which is not ready at the first signal and ends with 0: to be stopped is no failure."""
 
-    def __init__(self, config: uvicorn.Config, state: State, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, state: State, ready: Callable[[], None], drain_s: float) -> None:
         super().__init__(config)
-        self.state, self._ready = state, ready
+        self.state, self._ready, self.drain_s = state, ready, drain_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen, and says so."""
@@ -284,10 +307,23 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _stop(self) -> None:
+        if self.state.is_draining:  # the second signal
+            self.state.give_up()
         self.state.is_draining = True
-        if self.should_exit:
-            self.force_exit = True  # the second signal
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        """Listens on while accepted requests are answered, so that new ones are told to go elsewhere, not cut off."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.drain_s
+        while self.state.running and loop.time() < until:
+            await asyncio.sleep(0.05)
+        self.state.give_up()
         self.should_exit = True
+
+
+_LAST_S = 5  # for answers that are ready and on their way
+_DAY_S = 86_400
 
 
 class _Protocol(H11Protocol):
@@ -304,10 +340,19 @@ class _Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
         super().data_received(data)
+        self._arm()
+
+    def _arm(self) -> None:
         if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
             self._wait()
         else:
             self._stop_waiting()
+
+    def on_response_complete(self) -> None:
+        """A next request may have begun to arrive before the last was answered."""
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
+            self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""

@@ -1,8 +1,10 @@
 """Texts and the names of adapters in, predictions out: what every route of the server stands on. Knows no HTTP."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,14 +14,16 @@ import numpy.typing as npt
 
 from trimtab import tokens
 from trimtab.data import text_problem
-from trimtab.errors import DataError
+from trimtab.errors import DataError, DivergedError
 from trimtab.predict import Prediction, decode
 from trimtab.serving.base import Resident
-from trimtab.serving.engine import DeadlineError, Engine, Logits
+from trimtab.serving.engine import DeadlineError, Engine, Logits, OverloadedError
 from trimtab.serving.store import Store
 
 TOKENIZERS = 2
 """Threads that make tokens."""
+_CHARACTERS_PER_S = 300_000
+"""Of one of them, by the slowest text seen: 1,000,000 Chinese characters took 3 s beside busy cores."""
 
 
 class Item(NamedTuple):
@@ -45,7 +49,6 @@ class Times:
     """Where the time of a request went, in seconds."""
 
     total: float
-    loading: float
     tokenization: float
     queue_and_inference: float
 
@@ -56,19 +59,20 @@ class Service:
     def __init__(self, store: Store, engine: Engine) -> None:
         self.store, self.engine = store, engine
         self._tokenizing = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="tokenize")
+        self._characters: Counter[str] = Counter()
+        """Of each adapter's texts whose tokens are being made, or wait for it."""
+        self._counting = threading.Lock()
 
-    async def answer(
-        self, items: Sequence[Item], *, timeout_s: float = float("inf"), raw_scores: bool = False
-    ) -> tuple[list[Answer], Times]:
+    async def answer(self, items: Sequence[Item], *, timeout_s: float = float("inf")) -> tuple[list[Answer], Times]:
         """Answers texts, each by its own adapter, in their order. Cancelling takes them out of the queue.
 
         Args:
             items: Texts with their adapters.
             timeout_s: How long the caller waits.
-            raw_scores: Probabilities as the model gives them, without the adapter's temperature.
 
         Raises:
-            TrimtabError: an adapter that is unknown or cannot be read, a text that is none, a full queue, time over.
+            TrimtabError: an adapter that is unknown or cannot be read, a text that is none, a full queue, time over,
+                logits that are not finite.
         """
         begin = time.monotonic()
         if halves := [i for i, item in enumerate(items) if text_problem(item.text) == "half a character"]:
@@ -86,14 +90,14 @@ class Service:
                     waiting[name] = self.store.hold(name)
                 held = {name: await asyncio.wrap_future(one) for name, one in waiting.items()}
                 loaded = time.monotonic()
-                loop = asyncio.get_running_loop()
-                encoded = await loop.run_in_executor(self._tokenizing, _encode, items, held)
+                encoded = await asyncio.wrap_future(self._encoding(items, held))
                 tokenized = time.monotonic()
                 rows = [(one.ids, held[item.adapter]) for one, item in zip(encoded, items, strict=True)]
                 is_alone = len(self.store) == 1
                 computed = self.engine.submit(rows, deadline=begin + timeout_s, only_adapter=is_alone)
                 logits = await asyncio.wrap_future(computed)
-            predictions = _decode(items, held, logits, encoded, raw_scores=raw_scores)
+            # 64 texts of 20,000 labels take a second.
+            predictions = await asyncio.to_thread(_decode, items, held, logits, encoded)
         except TimeoutError:
             raise DeadlineError("serve.deadline", f"No answer within the {timeout_s:g} s that were given.") from None
         finally:
@@ -104,18 +108,62 @@ class Service:
             Answer(prediction, row, held[item.adapter], len(one.ids))
             for prediction, row, item, one in zip(predictions, logits, items, encoded, strict=True)
         ]
-        return answers, Times(end - begin, loaded - begin, tokenized - loaded, end - tokenized)
+        return answers, Times(end - begin, tokenized - loaded, end - tokenized)
 
     def _let_go(self, handed_over: "Future[Resident]") -> None:
         if not handed_over.cancelled() and handed_over.exception() is None:
             self.store.release(handed_over.result())
 
+    def _encoding(self, items: Sequence[Item], held: Mapping[str, Resident]) -> "Future[list[_Encoded]]":
+        """The tokens of texts, soon; refused where those before them take the time that the queue may take.
+
+        Characters count until their thread is done with them, also where nobody waits for it any more.
+        """
+        mine = Counter[str]()
+        for item in items:
+            mine[item.adapter] += len(item.text)
+        limits = self.engine.limits
+        most = limits.queue_s * TOKENIZERS * _CHARACTERS_PER_S
+        share = limits.adapter_share * most if len(self.store) > 1 else most
+        with self._counting:
+            waiting = self._characters
+            if (waiting and waiting.total() + mine.total() > most) or any(
+                waiting[name] and waiting[name] + size > share for name, size in mine.items()
+            ):
+                raise OverloadedError(
+                    f"Texts of {waiting.total():,} characters wait for their tokens.",
+                    max(1.0, waiting.total() / (TOKENIZERS * _CHARACTERS_PER_S)),
+                )
+            waiting += mine
+
+        def done(_: object) -> None:
+            with self._counting:
+                self._characters -= mine
+
+        encoding = self._tokenizing.submit(self._encode, items, held)
+        encoding.add_done_callback(done)
+        return encoding
+
+    def _encode(self, items: Sequence[Item], held: Mapping[str, Resident]) -> "list[_Encoded]":
+        """Tokens as each adapter was trained on them; texts that are cut at the same length go through together."""
+        alike: dict[int, list[int]] = {}
+        for i, item in enumerate(items):
+            alike.setdefault(held[item.adapter].max_length, []).append(i)
+        found: dict[int, _Encoded] = {}
+        for max_length, rows in alike.items():
+            encoded = tokens.encode([items[i].text for i in rows], self.store.served.tokenizer, max_length)
+            for i, (begin, end), cut in zip(
+                rows, zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True), encoded.truncated, strict=True
+            ):
+                found[i] = _Encoded(encoded.ids[begin:end], bool(cut))
+        return [found[i] for i in range(len(items))]
+
     def close(self, timeout_s: float) -> bool:
-        """Finishes what was accepted; whether all was done in time."""
-        done = self.engine.close(timeout_s)
+        """Finishes what was accepted; whether all threads came to an end in time."""
+        until = time.monotonic() + timeout_s
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
-        self.store.close()
-        return done
+        ended = self.engine.close(timeout_s)
+        return self.store.close(max(0.0, until - time.monotonic())) and ended and not self._characters
 
 
 class _Encoded(NamedTuple):
@@ -125,36 +173,16 @@ class _Encoded(NamedTuple):
     truncated: bool
 
 
-def _encode(items: Sequence[Item], held: dict[str, Resident]) -> list[_Encoded]:
-    """Tokens as each adapter was trained on them; texts of adapters that encode alike go through together."""
-    alike: dict[tuple[int, int], list[int]] = {}
-    for i, item in enumerate(items):
-        resident = held[item.adapter]
-        alike.setdefault((id(resident.tokenizer), resident.max_length), []).append(i)
-    found: dict[int, _Encoded] = {}
-    for rows in alike.values():
-        resident = held[items[rows[0]].adapter]
-        encoded = tokens.encode([items[i].text for i in rows], resident.tokenizer, resident.max_length)
-        for i, (begin, end), cut in zip(
-            rows, zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True), encoded.truncated, strict=True
-        ):
-            found[i] = _Encoded(encoded.ids[begin:end], bool(cut))
-    return [found[i] for i in range(len(items))]
-
-
 def _decode(
-    items: Sequence[Item],
-    held: dict[str, Resident],
-    logits: Sequence[Logits],
-    encoded: Sequence[_Encoded],
-    *,
-    raw_scores: bool,
+    items: Sequence[Item], held: Mapping[str, Resident], logits: Sequence[Logits], encoded: Sequence[_Encoded]
 ) -> list[Prediction]:
     """The predictions of each adapter's rows, by the decode of every other command."""
     found: dict[int, Prediction] = {}
     for name, resident in held.items():
         rows = [i for i, item in enumerate(items) if item.adapter == name]
-        scaled = np.stack([logits[i] for i in rows]) / np.float32(1.0 if raw_scores else resident.temperature)
+        scaled = np.stack([logits[i] for i in rows]) / np.float32(resident.temperature)
+        if not np.isfinite(scaled).all():
+            raise DivergedError("logits.not_finite", f'"{name}" gave logits that its temperature makes infinite.')
         cut = np.array([encoded[i].truncated for i in rows])
         found |= dict(zip(rows, decode([items[i].text for i in rows], scaled, cut, resident.labels), strict=True))
     return [found[i] for i in range(len(items))]

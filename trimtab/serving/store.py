@@ -6,23 +6,21 @@ memory as long as a request holds it, whatever becomes of its name: replacing is
 cannot be read leaves the old one where it is.
 """
 
+import copy
 import os
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from trimtab.errors import ArtefactError, ResourceError, TrimtabError
-from trimtab.serving.base import Resident, ServedBase, place, read
+from trimtab.serving.base import Resident, ServedBase, describe, place
 from trimtab.serving.memory import Pieces
-from trimtab.tokens import Tokenizer
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What an adapter may be called: it stands in addresses, headers and folders."""
@@ -54,8 +52,10 @@ class _Entry:
     """Why its newest version cannot be used; an older one may be in memory nevertheless."""
     failed_at: float = 0.0
     loading: "Future[Resident] | None" = None
-    reading: threading.Lock = field(default_factory=threading.Lock)
+    reading: threading.RLock = field(default_factory=threading.RLock)
     """Held while a version is read, so that the last to be asked for is the last to be in place."""
+    changes: int = 0
+    """Counts registrations and replacements: who reads meanwhile sees that it reads what is over."""
     pinned: bool = False
     hits: int = 0
     last_used: float = 0.0
@@ -99,8 +99,14 @@ class Counts:
 class Store:
     """The adapters of one server. Every method may be called from any thread."""
 
-    def __init__(self, served: ServedBase, budget_bytes: int, loaders: int = 8) -> None:
-        self.served = served
+    def __init__(
+        self,
+        served: ServedBase,
+        budget_bytes: int,
+        say: Callable[[str], None] = lambda line: None,
+        loaders: int = 8,
+    ) -> None:
+        self.served, self._say = served, say
         self.budget_bytes = budget_bytes
         self.counts = Counts()
         self.directory_lock = threading.Lock()
@@ -113,7 +119,8 @@ class Store:
         self._holders: dict[int, tuple[Resident, int]] = {}
         """Of each version that requests hold: how many. By id: a version equals itself alone."""
         self._bytes = 0
-        self._tokenizers: dict[tuple[str, int], Tokenizer] = {}
+        self._over = 0
+        """The highest generation of the names that were removed: one that comes again goes on above it."""
         # More than cores: what they wait for is a disk, and one that hangs must not keep the others.
         self._loaders = ThreadPoolExecutor(loaders, thread_name_prefix="load")
 
@@ -128,13 +135,11 @@ class Store:
         check_name(name)
         found = stamp(folder)
         with self._lock:
-            entry = self._entries.get(name)
-            if entry is None:
-                self._entries[name] = _Entry(name, folder, found, generation=1, sha256=None)
-            else:
-                entry.folder, entry.stamp, entry.failed = folder, found, None
-                entry.generation, entry.sha256 = entry.generation + 1, None
-                self._drop(entry)
+            entry = self._entries.setdefault(name, _Entry(name, folder, found, generation=self._over))
+            entry.folder, entry.stamp, entry.failed = folder, found, None
+            entry.generation, entry.sha256 = entry.generation + 1, None
+            entry.changes += 1
+            self._drop(entry)
 
     def replace(self, name: str, folder: Path, *, if_generation: int | None = None) -> Resident:
         """Reads a folder and makes it the version of a name at once; what is there stays where it cannot be read.
@@ -148,16 +153,19 @@ class Store:
         with self._lock:
             entry = self._entries.get(name)
             self._check_generation(entry, name, if_generation)
-            is_new = entry is None
-            if entry is None:
-                entry = self._entries[name] = _Entry(name, folder, ())
-        try:
-            return self._load(entry, folder, if_generation)
-        except BaseException:
+            entry = entry or _Entry(name, folder, (), generation=self._over)
+        with entry.reading:
+            before, resident = self._read(entry, folder)
             with self._lock:
-                if is_new and entry.resident is None and self._entries.get(name) is entry:
-                    del self._entries[name]
-            raise
+                try:
+                    self._check_generation(self._entries.get(name), name, if_generation)
+                except GenerationError:
+                    self._free(resident)
+                    raise
+                # Asked for just now, whatever was removed or registered while it was read.
+                entry = self._entries.setdefault(name, entry)
+                entry.changes += 1
+                return self._put_in_place(entry, folder, before, resident)
 
     def remove(self, name: str, *, if_generation: int | None = None) -> None:
         """Forgets a name. Requests that hold its version are answered.
@@ -170,7 +178,16 @@ class Store:
             entry = self._known(name)
             self._check_generation(entry, name, if_generation)
             self._drop(entry)
+            self._over = max(self._over, entry.generation)
             del self._entries[name]
+
+    @contextmanager
+    def exchanging(self, name: str) -> Iterator[None]:
+        """While a folder of a name is exchanged: its files are read by nobody but the caller."""
+        with self._lock:
+            entry = self._entries.get(name)
+        with entry.reading if entry else nullcontext():
+            yield
 
     def pin(self, name: str, pinned: bool) -> None:
         """Keeps an adapter in memory from its next use on, or no longer.
@@ -194,6 +211,11 @@ class Store:
             entry = self._entries.get(name)
             return entry.stamp if entry else None
 
+    def places(self) -> dict[str, Path]:
+        """All names with their folders."""
+        with self._lock:
+            return {name: entry.folder for name, entry in self._entries.items()}
+
     def check_generation(self, name: str, expected: int | None) -> None:
         """Raises a GenerationError where a name is not in the generation that was expected."""
         with self._lock:
@@ -213,7 +235,8 @@ class Store:
         with self._lock:
             entry = self._known(name)
             held = entry.resident
-            state = "resident" if held else "loading" if entry.loading else "failed" if entry.failed else "registered"
+            is_bad = isinstance(entry.failed, ArtefactError)  # else there was no room, and may be by now
+            state = "resident" if held else "loading" if entry.loading else "failed" if is_bad else "registered"
             return Status(
                 name=name,
                 state=state,
@@ -264,9 +287,10 @@ class Store:
                 return done
             self.counts.misses += 1
             if entry.loading is None:
-                if entry.failed is not None and time.monotonic() - entry.failed_at < _RETRY_S:
+                # That there was no room says nothing of this moment.
+                if isinstance(entry.failed, ArtefactError) and time.monotonic() - entry.failed_at < _RETRY_S:
                     failed: Future[Resident] = Future()
-                    failed.set_exception(entry.failed)
+                    failed.set_exception(copy.copy(entry.failed))
                     return failed
                 entry.loading = self._loaders.submit(self._load, entry)
             loading, mine = entry.loading, Future[Resident]()
@@ -285,9 +309,12 @@ class Store:
             if entry is None or entry.resident is not resident:
                 self._free(resident)
 
-    def close(self) -> None:
-        """Waits for what is being read."""
-        self._loaders.shutdown(wait=True, cancel_futures=True)
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Reads nothing more; whether what was being read is done in time."""
+        with self._lock:
+            loading = [entry.loading for entry in self._entries.values() if entry.loading]
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+        return not wait(loading, timeout_s).not_done
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -319,8 +346,8 @@ class Store:
         if not mine.set_running_or_notify_cancel():
             return
         if found.cancelled() or found.exception() is not None:
-            error = ArtefactError("serve.stopping", "The server stops.") if found.cancelled() else found.exception()
-            mine.set_exception(error)
+            stopped = ResourceError("serve.stopping", "The server stops.")
+            mine.set_exception(stopped if found.cancelled() else copy.copy(found.exception()))
             return
         resident = found.result()
         with self._lock:
@@ -335,90 +362,107 @@ class Store:
         except UnknownAdapterError as error:
             mine.set_exception(error)
 
-    def _load(self, entry: _Entry, given: Path | None = None, if_generation: int | None = None) -> Resident:
-        """Reads a folder, else the entry's own, and makes it the entry's version."""
-        with entry.reading:
-            begin, folder = time.monotonic(), given or entry.folder
-            try:
-                with self._lock:
-                    if given is None and entry.resident is not None:  # somebody has put one in place meanwhile
-                        return entry.resident
-                before = stamp(folder)
-                resident = self._read(entry, folder)
-            except TrimtabError as error:
-                with self._lock:
-                    # That there is no room, or that another folder is bad, says nothing of its own files.
-                    if isinstance(error, ArtefactError) and folder == entry.folder:
-                        entry.failed, entry.failed_at = error, time.monotonic()
-                    self.counts.failures[error.code] = self.counts.failures.get(error.code, 0) + 1
-                raise
-            finally:
-                if given is None:
+    def _load(self, entry: _Entry) -> Resident:
+        """Reads the folder of an entry and makes it the entry's version."""
+        try:
+            with entry.reading:
+                while True:
                     with self._lock:
-                        entry.loading = None
+                        if entry.resident is not None:  # somebody has put one in place meanwhile
+                            return entry.resident
+                        folder, changes = entry.folder, entry.changes
+                    before, resident = self._read(entry, folder)
+                    with self._lock:
+                        if entry.changes == changes:
+                            return self._put_in_place(entry, folder, before, resident)
+                        self._free(resident)  # registered anew meanwhile: what was read is over
+        finally:
             with self._lock:
-                try:
-                    self._check_generation(entry, entry.name, if_generation)
-                except GenerationError:
-                    self._free(resident)
-                    raise
-                if given is not None:  # asked for just now, whatever was removed while it was read
-                    self._entries.setdefault(entry.name, entry)
-                self._drop(entry)
-                entry.folder, entry.stamp, entry.failed = folder, before, None
-                if entry.sha256 not in (None, resident.sha256):  # the same files again are the same version
-                    entry.generation += 1
-                entry.sha256 = resident.sha256
-                entry.resident = resident = replace(resident, generation=entry.generation)
-                self.counts.loads += 1
-                self.counts.load_seconds += time.monotonic() - begin
-                if self._entries.get(entry.name) is not entry:  # removed meanwhile
-                    self._drop(entry)
-                elif not entry.pinned:
-                    self._recent[entry.name] = None
-            return resident
+                entry.loading = None
 
-    def _read(self, entry: _Entry, folder: Path) -> Resident:
-        try:
-            found = read(self.served, folder, self._tokenizers)
-        except OSError as error:
-            if isinstance(error, TrimtabError):
-                raise
-            raise _unreadable(error, folder) from None
-        piece = self._make_room(found.layout.bytes)
-        try:
-            return place(self.served, found, entry.name, piece)
-        except BaseException:
-            with self._lock:
-                self._bytes -= piece.numel()
-            self._pieces.give_back(piece)
-            raise
+    def _put_in_place(self, entry: _Entry, folder: Path, before: Stamp, resident: Resident) -> Resident:
+        """Makes what was read the version of its name. Under the lock."""
+        self._drop(entry)
+        entry.folder, entry.stamp, entry.failed = folder, before, None
+        if entry.sha256 not in (None, resident.sha256):  # the same files again are the same version
+            entry.generation += 1
+        entry.sha256 = resident.sha256
+        entry.resident = resident = replace(resident, generation=entry.generation)
+        self.counts.loads += 1
+        if self._entries.get(entry.name) is not entry:  # removed meanwhile
+            self._drop(entry)
+        elif not entry.pinned:
+            self._recent[entry.name] = None
+        return resident
 
-    def _make_room(self, size: int) -> Tensor:
-        """A piece within the budget; what is least recently used and in nobody's hands goes."""
+    def _read(self, entry: _Entry, folder: Path) -> tuple[Stamp, Resident]:
+        """What a folder was like, and what it held. One that is exchanged while it is read is read again."""
+        begin = time.monotonic()
+        for left in reversed(range(_ATTEMPTS)):
+            before = stamp(folder)
+            try:
+                return before, self._read_once(entry, folder)
+            except (TrimtabError, OSError) as error:
+                found = error if isinstance(error, TrimtabError) else _unreadable(error, folder)
+                if not left or stamp(folder) == before:
+                    self._failed(entry, folder, found)
+                    raise found from None
+            finally:
+                with self._lock:
+                    self.counts.load_seconds += time.monotonic() - begin
+        raise AssertionError
+
+    def _failed(self, entry: _Entry, folder: Path, error: TrimtabError) -> None:
         with self._lock:
-            missing = self._bytes + size - self.budget_bytes
-            going: list[_Entry] = []
-            for name in self._recent if missing > 0 else ():
-                entry = self._entries[name]
-                if entry.resident and id(entry.resident) not in self._holders:
-                    going.append(entry)
-                    missing -= entry.resident.bytes
-                if missing <= 0:
-                    break
-            if missing > 0:  # nobody goes for one that will not fit
-                raise ResourceError(
-                    "serve.memory",
-                    f"No room for an adapter of {size:,} bytes: {self._bytes:,} of {self.budget_bytes:,} are in use, "
-                    "by adapters that are pinned or that requests hold.",
-                    mend="try again, unpin some, or serve with more: --memory 4GB",
-                )
-            for entry in going:
-                self._drop(entry)
+            is_known = entry.failed is not None and entry.failed.what == error.what
+            if folder == entry.folder:  # that another folder is bad says nothing of its own files
+                entry.failed, entry.failed_at = copy.copy(error), time.monotonic()
+            self.counts.failures[error.code] = self.counts.failures.get(error.code, 0) + 1
+        if not is_known:
+            self._say(f"{entry.name}: cannot be used; {error.what}")
+
+    def _read_once(self, entry: _Entry, folder: Path) -> Resident:
+        found = describe(self.served, folder)
+        size = found.layout.bytes
+        with self._lock:
+            self._going(entry, size)  # before a tensor is read: the file may be larger than all memory
+        tensors = found.read_tensors()
+        with self._lock:
+            for one in self._going(entry, size):
+                self._drop(one)
                 self.counts.evictions += 1
             piece = self._pieces.take(size)
             self._bytes += size
-            return piece
+        try:
+            return place(self.served, found, tensors, entry.name, piece)
+        except BaseException:
+            with self._lock:
+                self._bytes -= size
+            self._pieces.give_back(piece)
+            raise
+
+    def _going(self, entry: _Entry, size: int) -> list[_Entry]:
+        """Whose versions make room within the budget: the least recently used, at last the entry's own if it is pinned.
+
+        Raises:
+            ResourceError: it will not fit; then nobody goes.
+        """
+        missing = self._bytes + size - self.budget_bytes
+        going: list[_Entry] = []
+        for one in (*(self._entries[name] for name in self._recent), *([entry] if entry.pinned else [])):
+            if missing <= 0:
+                break
+            if one.resident and id(one.resident) not in self._holders:
+                going.append(one)
+                missing -= one.resident.bytes
+        if missing > 0:
+            raise ResourceError(
+                "serve.memory",
+                f"No room for an adapter of {size:,} bytes: {self._bytes:,} of {self.budget_bytes:,} are in use, "
+                "by adapters that are pinned or that requests hold.",
+                mend="try again, unpin some, or serve with more: --memory 4GB",
+            )
+        return going
 
     def _drop(self, entry: _Entry) -> None:
         """Takes the version of a name out of use; its memory is free once nobody holds it."""
@@ -434,6 +478,7 @@ class Store:
 
 
 _RETRY_S = 5.0  # a folder that could not be read is not read again at every request
+_ATTEMPTS = 4  # of reading a folder that changes meanwhile
 
 
 def check_name(name: str) -> None:

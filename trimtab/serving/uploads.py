@@ -1,5 +1,6 @@
 """Adapters that come by HTTP: into a folder of the adapter directory, checked before they take a name."""
 
+import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from trimtab import durable
 from trimtab.errors import DataError, ResourceError, TrimtabError
-from trimtab.serving.base import Resident, read
+from trimtab.serving.base import Resident, describe
 from trimtab.serving.store import Store, check_name
 
 FILES = frozenset(
@@ -55,8 +56,14 @@ def put(
             mend=f"send each as a part called files: {', '.join(sorted(FILES))}",
         )
     store.check_generation(name, if_generation)
-    draft, old = (directory / f".{kind}-{uuid.uuid4().hex}" for kind in ("new", "old"))
     target = directory / name
+    if store.places().get(name, target).parent != directory:
+        raise DataError(
+            "serve.folder",
+            f'"{name}" is served from a folder of its own, which was named when the server was started.',
+            mend="another name; or change that folder and start the server again",
+        )
+    draft, old = directory / f"{_NEW}{uuid.uuid4().hex}", directory / f"{_OLD}{name}"
     try:
         try:
             draft.mkdir()
@@ -67,10 +74,12 @@ def put(
             raise ResourceError(
                 "serve.disk", f"The upload cannot be written: {error.strerror}.", mend="make room on the server"
             ) from None
-        read(store.served, draft)
-        with store.directory_lock:
-            if target.is_symlink():
-                raise DataError("serve.folder", f'"{name}" is a link in the adapter directory.', mend="remove it there")
+        describe(store.served, draft).read_tensors()
+        with store.directory_lock, store.exchanging(name):
+            if target.is_symlink() or (target.exists() and not target.is_dir()):
+                raise DataError(
+                    "serve.folder", f'"{name}" is no folder in the adapter directory.', mend="remove it there"
+                )
             if target.exists():
                 target.rename(old)
             try:
@@ -93,3 +102,19 @@ def put(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+_NEW, _OLD = ".trimtab-new-", ".trimtab-old-"  # what folders begin with while an upload is under way
+
+
+def tidy(directory: Path) -> None:
+    """Clears what uploads left that were under way when a server was killed; before the directory is served.
+
+    A version that was moved aside, and whose successor did not take its place, comes back.
+    """
+    for left in sorted(directory.glob(".trimtab-*")):
+        kept = directory / left.name.removeprefix(_OLD)
+        if left.name.startswith(_OLD) and not os.path.lexists(kept):
+            left.rename(kept)
+        elif left.name.startswith((_NEW, _OLD)):
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,15 +1,15 @@
 """The adapter directory, looked at every few seconds: new folders are served, changed ones replaced, others forgotten.
 
-A folder is believed once two looks in a row found it the same, so that one which is being copied is left alone.
-Renaming a complete folder into the directory is the way to add one; nothing is ever read from a folder whose name
-begins with a dot.
+A folder is believed once two looks in a row found it the same, or gone, so that one which is being copied or exchanged
+is left alone. Renaming a complete folder into the directory is the way to add one; nothing is ever read from a folder
+whose name begins with a dot. A name that is served from elsewhere, by the command line, keeps what it has.
 """
 
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import ResourceError, TrimtabError
 from trimtab.serving.store import Stamp, Store, UnknownAdapterError, folders, stamp
 
 
@@ -19,8 +19,9 @@ class Watch:
     def __init__(self, store: Store, directory: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self.store, self.directory, self._say = store, directory, say
         self._seen: dict[str, Stamp] = {}
+        """What the folder of each name was like at the last look; empty: gone."""
         self._settled: dict[str, Stamp] = {}
-        """What each folder was like when it was taken over, refused, or forgotten by its name: asked no second time."""
+        """What it was like when it was taken over, refused, or forgotten by its name: asked no second time."""
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -33,19 +34,30 @@ class Watch:
     def look(self) -> None:
         """One look: what has settled since the last one is taken over."""
         with self.store.directory_lock:
-            found = dict(sorted(folders(self.directory)))
-            stamps = {name: stamp(folder) for name, folder in found.items()}
-            for name, now in stamps.items():
-                is_settled, self._seen[name] = self._seen.get(name) == now, now
-                if self.store.stamp_of(name) == now:  # an upload, or what was taken over
-                    self._settled[name] = now
-                elif is_settled and self._settled.get(name) != now:
-                    self._settled[name] = now
-                    self._take_over(name, found[name])
-            for name in [name for name in self._seen if name not in found]:
-                del self._seen[name]
-                if self._settled.pop(name, None) is not None:
-                    self._forget(name)
+            served = self.store.places()
+            # Folders by their own names, and those that were put under another.
+            wanted = dict(folders(self.directory))
+            wanted |= {name: folder for name, folder in served.items() if folder.parent == self.directory}
+            for name, folder in sorted(wanted.items()):
+                if served.get(name, folder) == folder:
+                    self._look_at(name, folder)
+            for name in self._seen.keys() - wanted.keys():  # forgotten by its name before its folder went
+                self._let_go(name)
+
+    def _look_at(self, name: str, folder: Path) -> None:
+        now = stamp(folder) if folder.is_dir() and not folder.is_symlink() else ()
+        is_settled, self._seen[name] = self._seen.get(name) == now, now
+        if is_settled and not now:
+            self._let_go(name)
+            self._forget(name)
+        elif is_settled:
+            is_known = self.store.stamp_of(name) == now  # an upload, or what was taken over
+            if is_known or (self._settled.get(name) != now and self._is_taken_over(name, folder)):
+                self._settled[name] = now
+
+    def _let_go(self, name: str) -> None:
+        self._seen.pop(name, None)
+        self._settled.pop(name, None)
 
     def remove(self, name: str, *, if_generation: int | None = None) -> None:
         """Forgets a name as `Store.remove` does, until its folder changes."""
@@ -53,15 +65,18 @@ class Watch:
             self.store.remove(name, if_generation=if_generation)
             self._settled[name] = stamp(self.directory / name)
 
-    def _take_over(self, name: str, folder: Path) -> None:
+    def _is_taken_over(self, name: str, folder: Path) -> bool:
+        """Whether that is settled; where there was no room, the next look tries again."""
+        is_new = self.store.stamp_of(name) is None
         try:
-            if self.store.stamp_of(name) is not None and self.store.status(name).state == "resident":
+            if not is_new and self.store.status(name).state == "resident":
                 self._say(f"{name}: replaced by {self.store.replace(name, folder).version}")
             else:
                 self.store.register(name, folder)
-                self._say(f"{name}: added")
-        except TrimtabError as error:
-            self._say(f"{name}: not replaced; {error.what}")
+                self._say(f"{name}: {'added' if is_new else 'changed; read when it is asked for'}")
+        except TrimtabError as error:  # the store has said it
+            return not isinstance(error, ResourceError)
+        return True
 
     def _forget(self, name: str) -> None:
         try:
@@ -77,7 +92,7 @@ class Watch:
             while not self._is_over.wait(every_s):
                 try:
                     self.look()
-                except Exception as error:  # what one look meets must not be the end of all looks
+                except BaseException as error:  # what one look meets must not be the end of all looks
                     self._say(f"the adapter directory could not be looked through: {error}")
 
         self._thread = threading.Thread(target=run, name="watch", daemon=True)
