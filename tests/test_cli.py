@@ -1,6 +1,7 @@
 """The commands as people call them: what they print, where, with which exit code."""
 
 import csv
+import gc
 import io
 import json
 import os
@@ -256,6 +257,19 @@ class TestPredict:
         shown = screen.buffer.getvalue().decode(encoding)
         assert "? the film was good" in shown
         assert ("好看" in shown) == (encoding == "gbk")
+
+    def test_garbage_is_looked_for_again_however_it_ends(self, call, run: Path, tmp_path: Path) -> None:
+        frozen = gc.get_freeze_count()
+        assert call("predict", tmp_path / "nowhere", "A text.").code == 7
+        assert (gc.isenabled(), gc.get_freeze_count()) == (True, frozen)
+        assert call("predict", run, "A text.", "--lang", "fr").code == 2
+        assert (gc.isenabled(), gc.get_freeze_count()) == (True, frozen)
+        try:
+            assert call("predict", run, "A text.").code == 0
+            assert gc.isenabled()
+            assert gc.get_freeze_count() > frozen
+        finally:
+            gc.unfreeze()
 
     def test_the_adapter_alone_is_enough_elsewhere(self, run: Path, tmp_path: Path) -> None:
         moved = tmp_path / "copied"

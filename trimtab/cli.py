@@ -200,11 +200,6 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Label texts with an adapter."""
-    # The libraries make a million objects that stay: looking among them for garbage took a quarter of five answers.
-    gc.disable()
-    from trimtab import files as answer_files
-    from trimtab.predict import load
-
     if lang not in ("", "zh", "en"):
         raise RecipeError("usage", f'--lang is zh or en, not "{lang}".', mend="--lang zh")
     if bool(texts) + bool(file) > 1:
@@ -217,16 +212,18 @@ def predict(
         raise RecipeError(
             "usage", "--text names a column of --file, which is not there.", mend="--file FILE --text COLUMN"
         )
-    tables = (
-        answer_files.read(file, text or "auto")
-        if file
-        else iter([answer_files.as_table(list(texts or _stdin_lines()))])
-    )
-    if out:
-        answer_files.check_writable(out)
-    classifier = load(path, base=base, runtime=_runtime(settings))
-    gc.freeze()
-    gc.enable()
+    with _nothing_is_garbage():
+        from trimtab import files as answer_files
+        from trimtab.predict import load
+
+        tables = (
+            answer_files.read(file, text or "auto")
+            if file
+            else iter([answer_files.as_table(list(texts or _stdin_lines()))])
+        )
+        if out:
+            answer_files.check_writable(out)
+        classifier = load(path, base=base, runtime=_runtime(settings))
     if out:
         rows = 0
         with answer_files.writing(out) as append:
@@ -757,6 +754,22 @@ def _stdin_lines() -> list[str]:
     text, _ = decode(Path("stdin"), sys.stdin.buffer.read())
     lines = text.replace("\r\n", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]  # an empty line is a text too: answers stand beside the lines
+
+
+@contextmanager
+def _nothing_is_garbage() -> Iterator[None]:
+    """Within it no garbage is looked for; afterwards again, but not among what was made here, if all went well.
+
+    The libraries make a million objects that stay: looking among them for garbage took a quarter of five answers.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _shown(path: Path) -> str:
