@@ -13,7 +13,7 @@ from trimtab.classification import Labels, metrics
 from trimtab.errors import ArtefactError, RecipeError, did_you_mean
 from trimtab.paired import Difference, paired, paired_macro_f1
 from trimtab.predictions import Stored
-from trimtab.rundir import RunDir, locate
+from trimtab.rundir import RunDir, locate, not_ended
 
 METRICS = ("accuracy", "macro_f1")
 
@@ -101,12 +101,11 @@ def read_answers(path: str | Path) -> Answers:
     run = RunDir(locate(path))
     if not run.metrics.is_file() or not run.predictions.is_file():
         lacks = " and ".join(file.name for file in (run.metrics, run.predictions) if not file.is_file())
-        is_run = run.recipe.is_file()
+        why, mend = "it is no run directory", "a run directory, with predictions.parquet in it"
+        if run.recipe.is_file():
+            why, mend = not_ended(run)
         raise ArtefactError(
-            "compare.answers",
-            f"{path} cannot be compared: it has no {lacks}.",
-            where=str(run.path),
-            mend=f"trimtab train --resume {path}" if is_run else "a run directory, with predictions.parquet in it",
+            "compare.answers", f"{path} cannot be compared: it has no {lacks}; {why}.", where=str(run.path), mend=mend
         )
     try:
         scores = json.loads(run.metrics.read_text("utf-8"))

@@ -99,8 +99,7 @@ def only_writer(run: RunDir) -> Iterator[None]:
     Raises:
         ResourceError: another process is writing it.
     """
-    # A soft lock, a file that is there or not, would outlive a process that is killed.
-    lock, writer = FileLock(run.path / ".lock", fallback_to_soft=False), run.path / ".writer.json"
+    lock, writer = _lock(run), run.path / ".writer.json"
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -125,6 +124,33 @@ def only_writer(run: RunDir) -> Iterator[None]:
         with suppress(OSError):
             writer.unlink(missing_ok=True)
         lock.release()
+
+
+def not_ended(run: RunDir) -> tuple[str, str]:
+    """Why a run has not come to its end, and what to do then."""
+    if _is_being_written(run):
+        return "it is still training", "wait until it ends: then all of it is there, the adapter too"
+    return "it did not come to its end", f"trimtab train --resume {run.path}"
+
+
+def _is_being_written(run: RunDir) -> bool:
+    """Whether a process is at work within `only_writer`."""
+    if not (run.path / ".writer.json").exists():
+        return False
+    lock = _lock(run)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # somebody else's folder, or a file system without locks
+        return False
+    lock.release()  # of a process that was killed
+    return False
+
+
+def _lock(run: RunDir) -> FileLock:
+    # A soft lock, a file that is there or not, would outlive a process that is killed.
+    return FileLock(run.path / ".lock", fallback_to_soft=False)
 
 
 def check(out: str | None, *, needs: int = 0) -> None:
@@ -250,12 +276,8 @@ def adapter_in(path: str | Path) -> Path:
     place = locate(path)
     if (place / "recipe.toml").is_file():
         if not (place / "adapter").is_dir():
-            raise ArtefactError(
-                "run.unfinished",
-                "This run has no adapter: it did not come to its end.",
-                where=str(place),
-                mend=f"trimtab train --resume {place}",
-            )
+            why, mend = not_ended(RunDir(place))
+            raise ArtefactError("run.unfinished", f"This run has no adapter: {why}.", where=str(place), mend=mend)
         return place / "adapter"
     return place
 

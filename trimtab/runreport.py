@@ -19,7 +19,7 @@ from trimtab.data import Example
 from trimtab.errors import ArtefactError, TrimtabError
 from trimtab.findings import Findings, Label, Scored, StepLoss
 from trimtab.predictions import Stored
-from trimtab.rundir import RunDir, locate
+from trimtab.rundir import RunDir, locate, not_ended
 
 if TYPE_CHECKING:
     from trimtab.resolve import Job  # with it come transformers and peft, which take seconds
@@ -82,12 +82,8 @@ def read(path: str | Path, metrics: Mapping[str, Any] | None = None) -> Findings
         )
     known = _object(run.metrics) if metrics is None else metrics
     if metrics is None and not run.metrics.is_file():
-        raise ArtefactError(
-            "run.unfinished",
-            "This run has no scores: it did not come to its end.",
-            where=str(run.metrics),
-            mend=f"trimtab train --resume {run.path}",
-        )
+        why, mend = not_ended(run)
+        raise ArtefactError("run.unfinished", f"This run has no scores: {why}.", where=str(run.metrics), mend=mend)
     try:
         return _find(run, known)
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
