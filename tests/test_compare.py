@@ -17,7 +17,7 @@ from conftest import reviews, write_csv
 from test_training import small
 from typer.testing import CliRunner
 
-from trimtab import comparison, rivals, rundir, training, trials
+from trimtab import comparison, config, evaluation, rivals, rundir, training, trials
 from trimtab.cli import app
 from trimtab.errors import ArtefactError, DivergedError, RecipeError, ResourceError
 from trimtab.resolve import resolve
@@ -91,12 +91,30 @@ def test_what_cannot_be_compared_is_refused(runs: list[Path], tmp_path: Path, be
         small(runs[0].parent / "t.csv", bert, data__eval=(str(write_csv(tmp_path / "o.csv", reviews(61))),)),
         out=str(tmp_path / "other"),
     ).path
-    with pytest.raises(ArtefactError, match=r"60 rows and .*61"):
+    with pytest.raises(ArtefactError, match=r"60 rows and .*61") as caught:
         comparison.compare([runs[0], other])
+    assert f"trimtab eval {runs[0]} FILE and trimtab eval {other} FILE" in caught.value.mend
     named = [(text, {"pos": "yes", "neg": "no"}[label]) for text, label in reviews(60)]
     relabelled = training.train(small(write_csv(tmp_path / "n.csv", named), bert), out=str(tmp_path / "named")).path
-    with pytest.raises(ArtefactError, match="known to one alone"):
+    with pytest.raises(ArtefactError, match="known to one alone") as caught:
         comparison.compare([runs[0], relabelled])
+    assert caught.value.mend == "train both on the same labels", "no label is known to both"
+
+
+def test_runs_judged_on_other_rows_can_be_compared_as_the_error_says(
+    runs: list[Path], tmp_path: Path, bert: Path
+) -> None:
+    other = training.train(small(runs[0].parent / "t.csv", bert, train__num_epochs=1), out=str(tmp_path / "other")).path
+    with pytest.raises(ArtefactError, match="judged on") as caught:
+        comparison.compare([runs[0], other])
+    assert caught.value.mend.endswith("trimtab train --recipe RUN/recipe.toml --test FILE")
+    test = str(write_csv(tmp_path / "test.csv", reviews(30)))
+    again = []
+    for run in (runs[0], other):
+        assert evaluation.evaluate(run, [test])["eval_rows"] == 30
+        layered = config.assemble(str(run / "recipe.toml"), {"data.test": (test,)})
+        again.append(training.train(layered, out=str(tmp_path / f"{run.name}-again")).path)
+    assert comparison.compare(again)["rows"] == 30
 
 
 def test_damaged_answers_are_an_error_of_ours(runs: list[Path], tmp_path: Path) -> None:

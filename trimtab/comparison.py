@@ -121,14 +121,16 @@ def read_answers(path: str | Path) -> Answers:
 
 
 def _check_same_rows(first: Answers, other: Answers) -> None:
-    mend = "train both with the same --eval or --test file, data.limit_eval and data.seed"
+    each_alone = f"trimtab eval {first.name} FILE and trimtab eval {other.name} FILE score both on the same rows"
     if first.labels.values != other.labels.values:
+        both_know = set(first.labels.values) & set(other.labels.values)
         apart = sorted(set(first.labels.values) ^ set(other.labels.values))
         raise ArtefactError(
             "compare.labels",
             f"{first.name} and {other.name} have other labels or another order"
             + (f': "{apart[0]}" is known to one alone.' if apart else "."),
-            mend=mend,
+            mend="train both on the same labels"
+            + (f"; where FILE has labels that both know, {each_alone}" if both_know else ""),
         )
     ours, theirs = first.rows, other.rows
     pairs = enumerate(zip(ours.texts, ours.truth, theirs.texts, theirs.truth, strict=False))
@@ -139,7 +141,8 @@ def _check_same_rows(first: Answers, other: Answers) -> None:
             f"{first.name} was judged on {len(ours.texts):,} rows and {other.name} on {len(theirs.texts):,}"
             + (f"; row {unlike[0] + 1} is the first that differs." if unlike else "."),
             where="predictions.parquet of both",
-            mend=mend,
+            mend=f"{each_alone}; for a paired difference train both again with the same --test: "
+            "trimtab train --recipe RUN/recipe.toml --test FILE",
         )
 
 
