@@ -380,8 +380,29 @@ def test_an_adapter_of_plain_peft_is_told_from_ours(place: Path, tmp_path: Path)
     model = build(make_job(place))[1]
     model.save_pretrained(tmp_path / "plain")
 
-    with pytest.raises(ArtefactError, match="Plain peft wrote this adapter"):
+    with pytest.raises(ArtefactError, match="Plain peft wrote this adapter") as caught:
         predict.load(tmp_path / "plain")
+    assert caught.value.mend.startswith("trimtab adopt FOLDER --base BASE --names LABEL,LABEL ")
+
+
+def test_a_run_where_an_adapter_is_expected_says_where_its_adapter_lies(copied: Path, tmp_path: Path) -> None:
+    """As in `serve --adapter-dir runs`."""
+    run = tmp_path / "runs" / "20260101-000000-reviews"
+    run.mkdir(parents=True)
+    (run / "recipe.toml").touch()
+    with pytest.raises(ArtefactError, match="has no adapter yet") as caught:
+        adapter.read(run)
+    assert caught.value.mend.startswith("when the run has come to its end: cp -r ")
+    shutil.copytree(copied, run / "adapter")
+    with pytest.raises(ArtefactError, match="This is a run directory") as caught:
+        adapter.read(run)
+    assert caught.value.mend == "cp -r RUN/adapter adapters/NAME; or trimtab serve NAME=RUN"
+    (run.parent / "latest").symlink_to(run.name)
+    with pytest.raises(ArtefactError, match="not an adapter") as caught:
+        predict.load(run.parent)
+    assert caught.value.mend == "one of the folders in it, such as latest"
+    with pytest.raises(ArtefactError, match="not an adapter"):
+        adapter._read_json(tmp_path / "gone", "trimtab.json")
 
 
 @pytest.mark.parametrize("loader", [adapter.read, lambda folder: peft.PeftConfig.from_pretrained(str(folder))])

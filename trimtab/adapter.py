@@ -440,23 +440,30 @@ def _check_descriptions(folder: Path, meta: Mapping[str, Any]) -> None:
         )
 
 
+def _no_adapter(folder: Path, lacks: str) -> ArtefactError:
+    """What a folder is instead, and how an adapter comes of it; where it lies is not for those who ask by HTTP."""
+    if lacks == "trimtab.json" and (folder / "adapter_config.json").is_file():
+        what = "Plain peft wrote this adapter: it does not know its labels or its base."
+        mend = "trimtab adopt FOLDER --base BASE --names LABEL,LABEL (in the order of its logits) --out adapters/NAME"
+    elif (folder / "adapter").is_dir() or (folder / "recipe.toml").is_file():
+        what = "This is a run directory; its adapter is the folder called adapter in it."
+        mend = "cp -r RUN/adapter adapters/NAME; or trimtab serve NAME=RUN"
+        if not (folder / "adapter").is_dir():
+            what = "This is a run directory, and it has no adapter yet."
+            mend = f"when the run has come to its end: {mend}"
+    else:
+        what = f"This is not an adapter: it has no {lacks}."
+        mend = "a run directory such as runs/latest, or the adapter folder in it"
+        if inside := [found.parent.name for one in ("trimtab.json", "adapter") for found in folder.glob(f"*/{one}")]:
+            mend = f"one of the folders in it, such as {max(inside)}"  # of ./runs that is `latest`
+    return ArtefactError("adapter.incomplete", what, where=str(folder), mend=mend)
+
+
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads((folder / name).read_bytes())
     except FileNotFoundError:
-        if name == "trimtab.json" and (folder / "adapter_config.json").is_file():
-            what, mend = (
-                "plain peft wrote this adapter: it does not know its labels or its base",
-                "train it with trimtab",
-            )
-        else:
-            what, mend = (
-                f"this is not an adapter: it has no {name}",
-                "a run directory such as runs/latest, or the adapter folder in it",
-            )
-        raise ArtefactError(
-            "adapter.incomplete", f"{what[0].upper()}{what[1:]}.", where=str(folder), mend=mend
-        ) from None
+        raise _no_adapter(folder, name) from None
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise ArtefactError(
             "adapter.damaged",
