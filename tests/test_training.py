@@ -283,6 +283,30 @@ class TestLoop:
         assert [entry["epoch"] for entry in run.metrics["evaluations"]] == [1, 2, 3]
         assert run.metrics["epoch"] == 1
 
+    def test_a_loss_that_falls_by_nothing_that_is_seen_does_not_keep_a_run_going(
+        self, csv_file: Path, bert: Path, tmp_path: Path
+    ) -> None:
+        """Each epoch is the best so far, by a hundred-thousandth; a run that was cut ends in the same bytes."""
+        recipe = small(csv_file, bert, train__num_epochs=9, train__early_stopping_patience=2, train__learning_rate=1e-7)
+        told: list[Mapping[str, Any]] = []
+        run = training.train(recipe, out=str(tmp_path / "run"), observe=told.append)
+        losses = [entry["loss"] for entry in run.metrics["evaluations"]]
+        assert len(losses) == 3
+        assert losses[0] > losses[1] > losses[2] > losses[0] - 1e-4
+        assert run.metrics["epoch"] == 3, "it is the best nevertheless"
+        warnings = [event["text"] for event in told if event["event"] == "warning"]
+        assert any("none of the last 2 was better by 0.0001 or more" in text for text in warnings)
+
+        def stop(event: Mapping[str, Any]) -> None:
+            if event["event"] == "checkpoint" and event["step"] > run.metrics["step"] / 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            training.train(recipe, out=str(tmp_path / "cut"), observe=stop)
+        again = training.resume(tmp_path / "cut")
+        assert contents(again.adapter) == contents(run.adapter)
+        assert again.metrics["evaluations"] == run.metrics["evaluations"]
+
     def test_accumulating_two_halves_is_one_batch(self, csv_file: Path, still_bert: Path, tmp_path: Path) -> None:
         still = {"base__dropout": 0.0, "lora__lora_dropout": 0.0, "train__group_by_length": False}
         whole = training.train(small(csv_file, still_bert, train__batch_size=16, **still), out=str(tmp_path / "a"))
@@ -506,6 +530,29 @@ def test_ties_go_to_the_lower_loss_then_to_the_earlier_epoch() -> None:
     assert not loop._is_better({"accuracy": 0.8, "loss": 0.5}, progress, "accuracy")
     assert loop._is_better({"accuracy": 0.7, "loss": 0.4}, progress, "loss")
     assert not loop._is_better({"accuracy": 0.9, "loss": 0.6}, progress, "loss")
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "waited"),
+    [
+        ("loss", [(0.5, 0.8), (0.4, 0.8), (0.45, 0.8), (0.39, 0.8)], [0, 0, 1, 0]),
+        ("loss", [(3e-5, 0.8), (2e-5, 0.9), (1e-5, 0.9)], [0, 1, 2]),
+        ("loss", [(5e-4, 0.8), (4.6e-4, 0.8), (4.2e-4, 0.8), (3.8e-4, 0.8)], [0, 1, 2, 0]),  # all together are seen
+        ("accuracy", [(0.5, 0.8), (0.6, 0.80001), (0.6, 0.80001), (0.5, 0.80001)], [0, 0, 1, 0]),
+        ("accuracy", [(3e-5, 1.0), (2e-5, 1.0), (1e-5, 1.0)], [0, 1, 2]),
+        ("accuracy", [(3e-5, 1.0), (2e-5, 0.9), (1e-5, 1.0)], [0, 1, 2]),
+    ],
+)
+def test_patience_begins_anew_where_an_epoch_is_better_by_what_is_seen(
+    metric: str, scores: list[tuple[float, float]], waited: list[int]
+) -> None:
+    progress, found = Progress(), []
+    for step, (loss_of_epoch, accuracy) in enumerate(scores):
+        entry = {"step": step, "loss": loss_of_epoch, "accuracy": accuracy}
+        progress = loop._with_evaluation(progress, entry, metric)
+        found.append(progress.epochs_without_better)
+        assert progress.best_step == step or progress.epochs_without_better, "worth it is better too"
+    assert found == waited
 
 
 def test_dropout_seeds_differ_from_batch_to_batch() -> None:

@@ -31,6 +31,7 @@ Observer = Callable[[Mapping[str, Any]], None]
 """Receives every event of a run, and `progress` events that are not stored."""
 
 _LOWER_IS_BETTER = {"loss"}
+_WORTH_WAITING = 1e-4  # of loss: less is seen in no digit that is printed
 _MOST_LEFT_OUT = 3  # steps in a row without a finite loss or gradient; one more ends the run
 _GIVE_BACK_STEPS = 16  # between giving freed memory back: 9 ms, where the heap grew by 2 MB a step
 _FORECAST_STEPS = 20  # after which the remaining time is told again, from steps that were done
@@ -189,7 +190,8 @@ def run_loop(
         tell(
             "warning",
             text=f"stopped after epoch {progress.epoch} of {settings.num_epochs}: none of the last "
-            f"{settings.early_stopping_patience} was better (train.early_stopping_patience)",
+            f"{settings.early_stopping_patience} was better by {_WORTH_WAITING:.4f} or more "
+            "(train.early_stopping_patience)",
         )
     return progress, best
 
@@ -353,16 +355,20 @@ def _evaluate(loop: _Loop, progress: Progress) -> tuple[Progress, npt.NDArray[np
         "step": progress.step,
         **{k: scores[k] for k in ("loss", "accuracy", "macro_f1")},
     }
-    better = _is_better(entry, progress, metric)
-    progress = replace(
-        progress,
-        eval_seconds=progress.eval_seconds + time.monotonic() - began,
-        evaluations=[*progress.evaluations, entry],
-        best_step=progress.step if better else progress.best_step,
-        epochs_without_better=0 if better else progress.epochs_without_better + 1,
-    )
-    loop.tell("eval", **entry, best=better)
+    progress = _with_evaluation(progress, entry, metric)
+    progress = replace(progress, eval_seconds=progress.eval_seconds + time.monotonic() - began)
+    loop.tell("eval", **entry, best=progress.best_step == progress.step)
     return progress, logits
+
+
+def _with_evaluation(progress: Progress, entry: dict[str, float], metric: str) -> Progress:
+    """Progress after an epoch was scored: whether it is the best so far, and whether patience begins anew."""
+    return replace(
+        progress,
+        evaluations=[*progress.evaluations, entry],
+        best_step=int(entry["step"]) if _is_better(entry, progress, metric) else progress.best_step,
+        epochs_without_better=0 if _is_worth_it(entry, progress, metric) else progress.epochs_without_better + 1,
+    )
 
 
 def _is_better(entry: Mapping[str, float], progress: Progress, metric: str) -> bool:
@@ -373,6 +379,19 @@ def _is_better(entry: Mapping[str, float], progress: Progress, metric: str) -> b
     if entry[metric] != best[metric]:
         return (entry[metric] < best[metric]) == (metric in _LOWER_IS_BETTER)
     return entry["loss"] < best["loss"]
+
+
+def _is_worth_it(entry: Mapping[str, float], progress: Progress, metric: str) -> bool:
+    """Whether an epoch is better than the last that was worth it, its loss by what can be seen.
+
+    A loss that falls towards 0 does so for ever: each epoch is the best so far, and brings nothing.
+    """
+    if not progress.evaluations:
+        return True
+    last = progress.evaluations[-1 - progress.epochs_without_better]
+    if metric not in _LOWER_IS_BETTER and entry[metric] != last[metric]:
+        return entry[metric] > last[metric]
+    return last["loss"] - entry["loss"] >= _WORTH_WAITING
 
 
 def _is_over(progress: Progress, settings: TrainSettings) -> bool:
