@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,17 @@ def test_every_command_and_option_exists(command: str) -> None:
 @pytest.mark.parametrize("target", [c.split()[1] for c in commands(ENGLISH) if c.startswith("make ")])
 def test_every_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "docs/serving.md"])
+def test_extras_are_installed_from_a_clone_and_exist(page: str) -> None:
+    """trimtab is on no package index, so `pip install trimtab` finds nothing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    told = re.findall(r"pip install (.*?)\"(\S*?)\[(\w+)\]\"", (ROOT / page).read_text("utf-8"))
+    assert told
+    for options, what, extra in told:
+        assert (options, what) == ("-c constraints.txt ", ".")
+        assert extra in project["optional-dependencies"]
 
 
 PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/guarantees.md"]
