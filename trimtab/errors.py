@@ -84,6 +84,11 @@ def _rebuild(kind: type[TrimtabError], code: str, what: str, where: str, mend: s
     return kind(code, what, where=where, mend=mend)
 
 
+def install_extra(extra: str) -> str:
+    """The mend of a `MissingExtraError`. trimtab is on no package index, so its name alone would install nothing."""
+    return f'pip install -c constraints.txt ".[{extra}]" in the folder that trimtab was cloned into'
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """Returns ` Did you mean "x"?` for the nearest known word, else an empty string."""
     by_lower = {word.casefold(): word for word in known}

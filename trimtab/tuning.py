@@ -12,7 +12,7 @@ from typing import Any
 
 from trimtab import config, durable, interrupts, rundir
 from trimtab.config import Layered
-from trimtab.errors import ArtefactError, DivergedError, MissingExtraError, RecipeError, some
+from trimtab.errors import ArtefactError, DivergedError, MissingExtraError, RecipeError, install_extra, some
 from trimtab.resolve import Job, resolve
 from trimtab.rundir import RunDir
 from trimtab.trials import PLAN, train_once
@@ -44,7 +44,7 @@ def tune(layered: Layered, trials: int, *, out: str | None = None, tell: Callabl
     try:
         import optuna
     except ImportError:
-        raise MissingExtraError("tune.extra", "optuna is not installed.", mend='pip install "trimtab[tune]"') from None
+        raise MissingExtraError("tune.extra", "optuna is not installed.", mend=install_extra("tune")) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if layered.recipe.train.learning_rate == "search":
         layered = layered.override({"train.learning_rate": "auto"}, "tune")
