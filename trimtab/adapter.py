@@ -175,7 +175,7 @@ def read(folder: Path, shared: Tokenizer | None = None) -> Adapter:
             "adapter.schema",
             f"This adapter has schema version {meta.get('schema_version')}; this trimtab reads {SCHEMA_VERSION}.",
             where=str(folder / "trimtab.json"),
-            mend="pip install --upgrade trimtab",
+            mend="a newer trimtab: git pull, and install it as the README says",
         )
     config = _read_json(folder, "adapter_config.json")
     try:
