@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from trimtab.errors import ArtefactError, ResourceError, TrimtabError
 from trimtab.serving.base import Resident, ServedBase, describe, place
@@ -290,7 +291,7 @@ class Store:
                 # That there was no room says nothing of this moment.
                 if isinstance(entry.failed, ArtefactError) and time.monotonic() - entry.failed_at < _RETRY_S:
                     failed: Future[Resident] = Future()
-                    failed.set_exception(copy.copy(entry.failed))
+                    failed.set_exception(_another(entry.failed))
                     return failed
                 entry.loading = self._loaders.submit(self._load, entry)
             loading, mine = entry.loading, Future[Resident]()
@@ -347,7 +348,7 @@ class Store:
             return
         if found.cancelled() or found.exception() is not None:
             stopped = ResourceError("serve.stopping", "The server stops.")
-            mine.set_exception(stopped if found.cancelled() else copy.copy(found.exception()))
+            mine.set_exception(stopped if found.cancelled() else _another(found.exception()))
             return
         resident = found.result()
         with self._lock:
@@ -416,7 +417,7 @@ class Store:
         with self._lock:
             is_known = entry.failed is not None and entry.failed.what == error.what
             if folder == entry.folder:  # that another folder is bad says nothing of its own files
-                entry.failed, entry.failed_at = copy.copy(error), time.monotonic()
+                entry.failed, entry.failed_at = _another(error), time.monotonic()
             self.counts.failures[error.code] = self.counts.failures.get(error.code, 0) + 1
         if not is_known:
             self._say(f"{entry.name}: cannot be used; {error.what}")
@@ -516,6 +517,14 @@ def _unreadable(error: OSError, folder: Path) -> ArtefactError:
         where=str(error.filename or folder),
         mend="see to it that the folder is there and can be read",
     )
+
+
+E = TypeVar("E", bound=BaseException | None)
+
+
+def _another(error: E) -> E:
+    """An error of ours once more: one object for all who are told would keep the texts of their requests."""
+    return copy.copy(error) if isinstance(error, TrimtabError) else error
 
 
 def _copy(found: "Future[Resident]", into: "Future[Resident]") -> None:
