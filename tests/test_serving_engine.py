@@ -16,9 +16,10 @@ from bases import write_base
 
 from trimtab import tokens
 from trimtab.config import RuntimeSettings
-from trimtab.errors import ArtefactError, DivergedError
+from trimtab.errors import ArtefactError, DataError, DivergedError
 from trimtab.fast import mixed
 from trimtab.hub import find_base
+from trimtab.serving import service as services
 from trimtab.serving.base import Resident, ServedBase, describe, load_base, place
 from trimtab.serving.engine import DeadlineError, Engine, Limits, OverloadedError, StoppingError
 from trimtab.serving.memory import Pieces
@@ -224,6 +225,32 @@ def test_a_temperature_that_makes_logits_infinite_is_an_error(
     store._entries["a"].resident = replace(held_one, temperature=1e-45)
     with pytest.raises(DivergedError, match="temperature"):
         asyncio.run(Service(store, start()).answer([Item("a", "a fine film")]))
+
+
+def test_a_text_that_would_be_cut_is_refused_before_it_is_computed(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+) -> None:
+    held.go.set()
+    store = Store(made[0], 1 << 30)
+    store.replace("a", made[0].base.folder.parent / "a")
+    with pytest.raises(DataError, match="Input 1 is longer than 48 tokens"):
+        asyncio.run(Service(store, start()).answer([Item("a", "film"), Item("a", "film " * 100)], whole=True))
+    assert held.batches == []
+
+
+def test_an_answer_of_too_many_scores_is_refused_before_it_is_computed(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "_SCORES", 5)
+    held.go.set()
+    store = Store(made[0], 1 << 30)
+    store.replace("a", made[0].base.folder.parent / "a")
+    service = Service(store, start())
+    assert len(asyncio.run(service.answer([Item("a", "film")] * 2))[0]) == 2
+    with pytest.raises(DataError, match="6 scores"):
+        asyncio.run(service.answer([Item("a", "film")] * 3))
+    assert sum(map(len, held.batches)) == 2
+    assert not service._characters
 
 
 def test_a_speed_that_is_known_stays_so_beside_small_batches(

@@ -1,5 +1,6 @@
 """Adapters by name: loading, evicting, replacing, refusing; nobody waits for another's file or sees another's fault."""
 
+import errno
 import hashlib
 import json
 import os
@@ -559,9 +560,86 @@ def test_what_fails_is_said_once_and_every_caller_gets_an_error_of_their_own(
     assert said[0].startswith("a: cannot be used; ")
 
 
+def test_what_the_system_refuses_is_not_the_adapters_fault(
+    store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_many(served: ServedBase, folder: Path) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    watch = Watch(store, directory)
+    watch.first_look()
+    get(store, "a")
+    shutil.rmtree(directory / "a")
+    shutil.copytree(directory / "b", directory / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, "describe", too_many)
+        with pytest.raises(ResourceError, match="Too many"):
+            store.hold("c").result(10)
+        for _ in range(3):
+            watch.look()
+    assert get(store, "c")
+    watch.look()
+    assert get(store, "a").generation == 2
+
+
+def test_files_that_cannot_be_used_are_read_again_only_once_they_changed(
+    store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "_RETRY_S", 0.0)
+    kept, reads, describe = files_of(directory / "a"), [], stores.describe
+    monkeypatch.setattr(stores, "describe", lambda *all_: (reads.append(1), describe(*all_))[1])
+    truncated(directory / "a")
+    store.register("a", directory / "a")
+    for _ in range(3):
+        with pytest.raises(ArtefactError):
+            store.hold("a").result(10)
+    assert len(reads) == 1
+    for name, data in kept.items():
+        (directory / "a" / name).write_bytes(data)
+    assert get(store, "a")
+
+
+def test_a_strangers_words_are_cut_and_made_plain(made: tuple[ServedBase, Path], directory: Path) -> None:
+    said: list[str] = []
+    store = Store(made[0], 1 << 30, said.append)
+    described(directory / "a", lambda meta: meta.update(schema_version="\x1b[2J\nready " * 100_000))
+    with pytest.raises(ArtefactError) as refused:
+        store.replace("a", directory / "a")
+    store.register("a", directory / "a")
+    with pytest.raises(ArtefactError):
+        store.hold("a").result(10)
+    for text in (refused.value.what, store.status("a").reason, *said):
+        assert len(text) < 400
+        assert text.isprintable()
+
+
+def test_labels_have_a_length(store: Store, directory: Path) -> None:
+    described(directory / "a", lambda meta: meta["labels"][0].update(label="x" * 201))
+    with pytest.raises(ArtefactError, match="201 characters"):
+        store.replace("a", directory / "a")
+
+
+def test_one_adapter_takes_an_eighth_of_the_memory_at_most(
+    made: tuple[ServedBase, Path], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = bases.describe(made[0], directory / "a").layout.bytes
+    monkeypatch.setattr(stores, "_LARGE", 0)
+    assert Store(made[0], 8 * size).replace("a", directory / "a")
+    with pytest.raises(ResourceError, match="an eighth"):
+        Store(made[0], 8 * size - 8).replace("a", directory / "a")
+
+
+def test_pieces_of_a_size_that_nobody_has_leave_no_mapping() -> None:
+    pieces = Pieces()
+    taken = [pieces.take(1 << 20) for _ in range(20)]
+    for piece in taken:
+        pieces.give_back(piece)
+    assert (pieces._free, pieces._places) == ({}, {})
+
+
 def test_pages_of_a_piece_that_was_given_back_are_let_go() -> None:
     pieces = Pieces()
-    piece = pieces.take(1 << 20)
+    piece, _other = pieces.take(1 << 20), pieces.take(1 << 20)
     piece.fill_(7)
     pieces.give_back(piece)
     assert int(pieces.take(1 << 20)[1 << 16 : -(1 << 16)].max()) == 0
@@ -609,6 +687,7 @@ def test_no_name_leads_out_of_the_directory(store: Store, directory: Path, use: 
     shutil.copytree(directory / "a", outside)
     (directory / "link").symlink_to(outside)
     tries = {"inside": 2_000, "upload": 500, "register": 500}[use]
+    good = files_of(directory / "a")
 
     @settings(max_examples=tries, deadline=None, database=None)
     @given(st.lists(PARTS, min_size=1, max_size=6).map("".join) | st.text(max_size=20) | st.just(str(outside)))
@@ -618,22 +697,24 @@ def test_no_name_leads_out_of_the_directory(store: Store, directory: Path, use: 
         try:
             if use == "inside":
                 folder = uploads.inside(directory, name)
-                assert folder.parent == directory
+                assert os.path.dirname(os.path.realpath(folder)) == str(directory)
             elif use == "upload":
-                uploads.put(store, directory, name, {"adapter_config.json": b"{}"})
+                uploads.put(store, directory, name, good)
             else:
                 store.replace(name, uploads.inside(directory, name))
         except TrimtabError:
             pass
         finally:
             opened, _OPENED = _OPENED, None
-        assert [path for path in opened if str(directory) not in path and ("secret" in path or ".." in path)] == []
+        outside_of = [path for path in opened if not os.path.realpath(path).startswith(str(directory))]
+        assert [path for path in outside_of if "secret" in path or ".." in path] == []
 
     no_way_out()
     with pytest.raises(DataError):
         uploads.inside(directory, "link")
     assert (outside / "trimtab.json").is_file()
-    assert dict(stores.folders(directory)).keys() == set("abcd")
+    assert sorted(path.name for path in directory.parent.iterdir()) == ["adapters", "secret"]
+    assert use == "upload" or dict(stores.folders(directory)).keys() == set("abcd")
 
 
 def test_links_out_of_an_adapters_folder_are_not_followed(store: Store, directory: Path, tmp_path: Path) -> None:
@@ -710,11 +791,30 @@ def test_an_upload_takes_no_name_of_the_command_line_and_no_plain_file(
     assert not (directory / "named").exists()
 
 
+def test_an_upload_that_fails_takes_nothing_from_one_that_is_under_way(
+    store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.register("a", directory / "a")
+    kept, new = files_of(directory / "a"), files_of(directory / "b")
+
+    def another_fails_and_then_this(*given: Any, **named: Any) -> Resident:
+        with pytest.raises(TrimtabError):
+            uploads.put(store, directory, "a", new | {"adapter_model.safetensors": b"no"})
+        raise ResourceError("serve.memory", "No room.")
+
+    monkeypatch.setattr(store, "replace", another_fails_and_then_this)
+    with pytest.raises(ResourceError):
+        uploads.put(store, directory, "a", new)
+    assert files_of(directory / "a") == kept
+    assert sorted(path.name for path in directory.iterdir()) == ["a", "b", "c", "d"]
+
+
 def test_what_killed_uploads_left_is_cleared_and_what_they_moved_aside_comes_back(directory: Path) -> None:
     kept = files_of(directory / "a")
-    (directory / "a").rename(directory / ".trimtab-old-a")
-    shutil.copytree(directory / "b", directory / ".trimtab-old-b")
-    shutil.copytree(directory / "b", directory / ".trimtab-new-0123")
+    mark = "0" * 32
+    (directory / "a").rename(directory / f".trimtab-old-{mark}-a")
+    shutil.copytree(directory / "b", directory / f".trimtab-old-{mark}-b")
+    shutil.copytree(directory / "b", directory / f".trimtab-new-{mark}")
     uploads.tidy(directory)
     assert sorted(path.name for path in directory.iterdir()) == ["a", "b", "c", "d"]
     assert files_of(directory / "a") == kept

@@ -196,12 +196,13 @@ def read(folder: Path, shared: Tokenizer | None = None) -> Adapter:
         if not 0 <= int(preprocessing["pad_id"]) < 1 << 31:
             raise ValueError(f"pad_id {preprocessing['pad_id']} cannot be")
         pad_id, trained_with = int(preprocessing["pad_id"]), str(preprocessing["tokenizer_sha256"])
+        most = 2 * len(shared.json.encode()) if shared else None
         is_shared = shared is not None and (shared.sha256, shared.pad_id) == (trained_with, pad_id)
         adapter = Adapter(
             folder=folder,
             labels=Labels(values, names),
             max_length=int(preprocessing["max_length"]),
-            tokenizer=shared if shared and is_shared else tokens.load(folder, pad_id, trained_with),
+            tokenizer=shared if shared and is_shared else tokens.load(folder, pad_id, trained_with, most),
             base={key: str(meta["base"][key]) for key in ("name", "hub_id", "weights_sha256", "tokenizer_sha256")},
             lora=described_lora(config),
             head=_modules("head", meta["head"]),
@@ -262,8 +263,10 @@ def described_lora(config: dict[str, Any]) -> LoraSettings:
     )
 
 
-def locate_base(adapter: Adapter, given: str | None = None) -> Base:
+def locate_base(adapter: Adapter, given: str | None = None, *, ask_hub: bool = True) -> Base:
     """The very base that the adapter was trained on, proved by sha256: as given, else wherever it is.
+
+    Without `ask_hub` that is this machine alone, where a stranger wrote the name.
 
     Raises:
         ArtefactError: the given base is another one.
@@ -283,7 +286,7 @@ def locate_base(adapter: Adapter, given: str | None = None) -> Base:
                 )
         return base
     found_base, tried = find_recorded_base(
-        wanted["name"], wanted["hub_id"], wanted["weights_sha256"], wanted["tokenizer_sha256"]
+        wanted["name"], wanted["hub_id"], wanted["weights_sha256"], wanted["tokenizer_sha256"], ask_hub=ask_hub
     )
     if found_base is None:
         raise BaseModelError(

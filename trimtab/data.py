@@ -369,13 +369,18 @@ def _other_of_two(table: Table, known: str) -> str:
 # -- cells -----------------------------------------------------------------------------------------------------
 
 
+def has_half_character(text: str) -> bool:
+    """Whether a text holds one half of a surrogate pair, which is no character and cannot be written as UTF-8."""
+    return _HALF.search(text) is not None
+
+
 def text_problem(cell: object) -> str:
     """Why a cell cannot be a text: null, not text, half a character or empty; an empty string where it can."""
     if cell is None:
         return "null"
     if not isinstance(cell, str):
         return "not text"
-    if _HALF.search(cell):
+    if has_half_character(cell):
         return "half a character"
     return "" if cell.strip() else "empty"
 

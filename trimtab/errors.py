@@ -96,6 +96,12 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     return f' Did you mean "{by_lower[close[0]]}"?' if close else ""
 
 
+def plain(text: str, most: int) -> str:
+    """Cuts a text and takes out what a terminal would obey, where a stranger may have written a part of it."""
+    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:most])
+    return shown + ("..." if len(text) > most else "")
+
+
 def some(items: Iterable[object], limit: int = 5) -> str:
     """Returns the first `limit` items joined by commas, and how many more there are."""
     words = [str(item) for item in items]

@@ -76,7 +76,7 @@ def find_base(name: str) -> Base:
 
 
 def find_recorded_base(
-    recorded: str, hub_id: str, weights_sha256: str, tokenizer_sha256: str
+    recorded: str, hub_id: str, weights_sha256: str, tokenizer_sha256: str, *, ask_hub: bool = True
 ) -> tuple[Base | None, list[str]]:
     """Looks for the very base that an adapter was trained on, by sha256: recorded path, package, cache, hub.
 
@@ -87,7 +87,7 @@ def find_recorded_base(
         if not name or (name == MINILM != hub_id and weights_sha256 != MINILM_WEIGHTS):
             continue
         try:
-            for folder, source in _places(name):
+            for folder, source in _places(name, ask_hub=ask_hub):
                 base = _base(name, folder, source)
                 if base.weights_sha256 != weights_sha256:
                     tried.append(f"{folder} ({source}): other weights, sha256 {base.weights_sha256[:12]}")
@@ -118,7 +118,7 @@ def fetch_data_file(uri: str) -> Path:
     return _ask_hub(repo, path, revision)
 
 
-def _places(name: str) -> Iterator[tuple[Path, str]]:
+def _places(name: str, *, ask_hub: bool = True) -> Iterator[tuple[Path, str]]:
     """Yields each place where this base is, nearest first; the hub is asked only when a caller goes on so far."""
     path = Path(name)
     with contextlib.suppress(RuntimeError):  # ~NAME of nobody
@@ -139,7 +139,8 @@ def _places(name: str) -> Iterator[tuple[Path, str]]:
         yield packaged, "package"
     if cached := _cached(hub_id):
         yield cached, "cache"
-    yield _ask_hub(hub_id), "hub"
+    if ask_hub:
+        yield _ask_hub(hub_id), "hub"
 
 
 def _full_id(name: str) -> str:

@@ -4,11 +4,11 @@ Only safetensors and JSON are read, both of which hold no code, and no file is o
 one inside the folder. A folder that passes may still be wrong; it can neither run anything nor take all memory.
 """
 
+import errno
 import hashlib
 import math
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,10 +21,13 @@ from trimtab.errors import ArtefactError, some
 _AGAIN = "copy the whole adapter folder again"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FLOATS = {"F32", "F16", "BF16"}
-_MOST_BYTES = {"trimtab.json": 16 << 20, "adapter_config.json": 1 << 20, "tokenizer.json": 256 << 20}
-"""The largest in use: 17 MB of tokenizer.json (XLM-RoBERTa), and 30 bytes a label."""
+_MOST_BYTES = {"trimtab.json": 4 << 20, "adapter_config.json": 1 << 20, "tokenizer.json": 64 << 20}
+"""The largest in use: 17 MB of tokenizer.json (XLM-RoBERTa), and 130 bytes a label, probes included. Reading JSON holds
+the interpreter, up to a second for 4 MB that were made for it."""
+OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
+"""What the system refuses because of the file itself; anything else may be over in a moment."""
 TENSORS = "adapter_model.safetensors"
-_MOST_HEADER = 16 << 20
+_MOST_HEADER = 1 << 20  # 120 bytes a tensor
 
 
 def check_files(folder: Path) -> None:
@@ -43,7 +46,7 @@ def check_files(folder: Path) -> None:
                 "adapter.outside",
                 f"{name} is a link that leads out of the adapter's folder or nowhere, so it is not followed.",
                 where=f"{file} -> {os.readlink(file) if file.is_symlink() else '?'}",
-                mend=f"if you trust what it leads to: cp -rL {shlex.quote(str(folder))} COPY",
+                mend="if you trust what it leads to: cp -rL FOLDER COPY",
             )
         if not file.is_file():
             raise ArtefactError("adapter.damaged", f"{name} is not a plain file.", where=str(file), mend=_AGAIN)
@@ -102,8 +105,11 @@ def read_tensors(file: Path, expected: Mapping[str, tuple[int, ...]], sha256: st
             tensors: dict[str, torch.Tensor] = load(data)
             problems = [f"{name} is not finite" for name, one in tensors.items() if not bool(torch.isfinite(one).all())]
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in OF_THE_FILE:
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ArtefactError(
-            "adapter.damaged", f"The adapter's tensors cannot be read: {error}", where=str(file), mend=_AGAIN
+            "adapter.damaged", f"The adapter's tensors cannot be read: {reason}", where=str(file), mend=_AGAIN
         ) from None
     if problems:
         raise ArtefactError("adapter.tensors", f"{some(problems)}.", where=str(file), mend=_AGAIN)

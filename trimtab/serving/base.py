@@ -24,6 +24,7 @@ from trimtab.forward import fast_dtype
 from trimtab.hub import Base
 from trimtab.tokens import Tokenizer
 
+_LABEL = 200  # characters
 _AGAIN = "copy the whole adapter folder again"
 
 
@@ -191,6 +192,13 @@ def describe(served: ServedBase, folder: Path) -> Described:
 
 def _check(served: ServedBase, adapter: Adapter, modules: Mapping[tuple[int, int], str], folder: Path) -> None:
     """What a description claims, against what the base has, before a tensor is read."""
+    if (longest := max(map(len, adapter.labels.values))) > _LABEL:
+        raise ArtefactError(
+            "serve.label",
+            f"A label has {longest:,} characters; at most {_LABEL} are served, for each answer repeats them.",
+            where=str(folder),
+            mend="shorter labels; --names gives them longer names for people",
+        )
     dense, out = encoders.LAYOUTS[served.encoder.head.kind].head
     for layer in (dense, out):
         is_own = any(layer == part or layer.startswith(part + ".") for part in adapter.head)

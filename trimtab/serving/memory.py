@@ -22,6 +22,8 @@ class Pieces:
         self._free: dict[int, list[Tensor]] = {}
         self._places: dict[int, tuple[mmap.mmap, int]] = {}
         """By the address of each piece: its mapping, and where it begins in it."""
+        self._count: dict[int, int] = {}
+        """By size: how many there are, free or not."""
         self._lock = threading.Lock()
 
     def take(self, size: int) -> Tensor:
@@ -32,6 +34,7 @@ class Pieces:
                 count = max(1, _MAPPING // size)
                 mapping = mmap.mmap(-1, count * size, access=mmap.ACCESS_COPY)
                 free += torch.frombuffer(mapping, dtype=torch.uint8).view(count, size).unbind()
+                self._count[size] = self._count.get(size, 0) + count
                 self._places |= {piece.data_ptr(): (mapping, number * size) for number, piece in enumerate(free)}
                 free.reverse()  # so that pages are touched from the first on
             return free.pop()
@@ -44,4 +47,9 @@ class Pieces:
             whole = (begin + piece.numel()) // mmap.PAGESIZE * mmap.PAGESIZE - first
             if whole > 0 and hasattr(mmap, "MADV_DONTNEED"):  # the pages that it has for itself, 0.01 ms
                 mapping.madvise(mmap.MADV_DONTNEED, first, whole)
-            self._free[piece.numel()].append(piece)
+            free = self._free[piece.numel()]
+            free.append(piece)
+            if len(free) == self._count[piece.numel()]:  # nobody has one of this size any more: its mappings go too
+                for one in free:
+                    del self._places[one.data_ptr()]
+                del self._free[piece.numel()], self._count[piece.numel()]

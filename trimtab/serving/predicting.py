@@ -63,12 +63,14 @@ class Answers:
         if len(texts) > self.limits.texts:
             raise DataError("serve.batch", f"{len(texts):,} texts; one request takes {self.limits.texts:,}.")
 
-    async def __call__(self, request: Request, items: Sequence[Item]) -> tuple[list[Answer], Times]:
-        """The answers of a request's texts."""
+    async def __call__(
+        self, request: Request, items: Sequence[Item], *, whole: bool = False
+    ) -> tuple[list[Answer], Times]:
+        """The answers of a request's texts; `whole`: texts that would be cut are refused."""
         self.check_number(items)
         if (size := sum(len(item.text) for item in items)) > self.limits.characters:
             raise DataError("serve.text", f"{size:,} characters; one request takes {self.limits.characters:,}.")
-        work = self.service.answer(items, timeout_s=_timeout_s(request))
+        work = self.service.answer(items, timeout_s=_timeout_s(request), whole=whole)
         answers, times = await _while_connected(request, work)
         self.metrics.answered(answers, times)
         return answers, times
@@ -184,9 +186,8 @@ async def _predict(
         raise DataError("serve.models", f"{len(body.models)} models for {len(texts)} inputs.")
     else:
         names = [answers.adapter(request, name) for name in body.models]
-    found, times = await answers(request, [Item(name, text) for name, text in zip(names, texts, strict=True)])
-    if body.truncate is False and (cut := [i for i, one in enumerate(found) if one.prediction.truncated]):
-        raise DataError("serve.truncated", f"Input {cut[0]} is longer than {found[cut[0]].resident.max_length} tokens.")
+    items = [Item(name, text) for name, text in zip(names, texts, strict=True)]
+    found, times = await answers(request, items, whole=body.truncate is False)
 
     def scores() -> object:
         made = [_scores(one, body) for one in found]

@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,11 +158,10 @@ def _named(adapters: Sequence[str]) -> dict[str, Path]:
     """The adapters of the command line by name: what stands before =, else the last part of the path."""
     named: dict[str, Path] = {}
     for said in adapters:
-        given, equals, path = said.partition("=")
-        if not equals or not NAME.fullmatch(given):  # a path, which may hold one: runs/lr=0.1
+        name, equals, path = said.partition("=")
+        if not equals or not NAME.fullmatch(name):  # a path, which may hold one: runs/lr=0.1
             path = said
-            given = next((part for part in reversed(Path(path).parts) if part != "adapter"), "")
-        name = given
+            name = next((part for part in reversed(Path(path).parts) if part != "adapter"), "")
         if not NAME.fullmatch(name):
             raise RecipeError(
                 "serve.name",
@@ -202,7 +201,8 @@ def _base(said: str | None, named: dict[str, Path], directory: Path | None) -> B
     problems: list[TrimtabError] = []
     for folder in places:
         try:
-            return adapter_folder.locate_base(adapter_folder.read(folder))
+            # What lies in a directory may be a stranger's: it makes nothing come from a hub.
+            return adapter_folder.locate_base(adapter_folder.read(folder), ask_hub=folder in named.values())
         except TrimtabError as error:
             if folder in named.values():
                 raise
@@ -275,7 +275,24 @@ def _config(app: Any, options: Options) -> uvicorn.Config:
         timeout_graceful_shutdown=_LAST_S,  # for clients that are slow to take their answers
         h11_max_incomplete_event_size=options.limits.header_bytes,
         backlog=1_024,
+        limit_concurrency=_connections(),
     )
+
+
+def _connections() -> int:
+    """How many connections are kept at once, so that files for adapters can be opened beside them."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 1_000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    return max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _FILES, 16)
+
+
+_FILES = 200  # for adapters, libraries and sockets that wait
 
 
 class _Server(uvicorn.Server):
@@ -305,10 +322,12 @@ class _Server(uvicorn.Server):
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # it stops already
 
     def _stop(self) -> None:
         if self.state.is_draining:  # the second signal
             self.state.give_up()
+            return
         self.state.is_draining = True
         self._draining = asyncio.ensure_future(self._drain())
 
@@ -322,6 +341,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+_TAKING_S = 60.0  # for the rest of an answer to be taken
 _LAST_S = 5  # for answers that are ready and on their way
 _DAY_S = 86_400
 
@@ -351,8 +371,15 @@ class _Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         """A next request may have begun to arrive before the last was answered."""
         super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(_TAKING_S, self._unless_taken)
         if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
             self._arm()
+
+    def _unless_taken(self) -> None:
+        """An answer that nobody reads is not kept for ever."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab import tokens
-from trimtab.data import text_problem
+from trimtab.data import has_half_character
 from trimtab.errors import DataError, DivergedError
 from trimtab.predict import Prediction, decode
 from trimtab.serving.base import Resident
@@ -60,38 +60,48 @@ class Service:
         self.store, self.engine = store, engine
         self._tokenizing = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="tokenize")
         self._characters: Counter[str] = Counter()
-        """Of each adapter's texts whose tokens are being made, or wait for it."""
+        """Of each adapter's texts that are not tokens yet."""
         self._counting = threading.Lock()
 
-    async def answer(self, items: Sequence[Item], *, timeout_s: float = float("inf")) -> tuple[list[Answer], Times]:
+    async def answer(
+        self, items: Sequence[Item], *, timeout_s: float = float("inf"), whole: bool = False
+    ) -> tuple[list[Answer], Times]:
         """Answers texts, each by its own adapter, in their order. Cancelling takes them out of the queue.
 
         Args:
             items: Texts with their adapters.
             timeout_s: How long the caller waits.
+            whole: Whether texts that would be cut are refused.
 
         Raises:
             TrimtabError: an adapter that is unknown or cannot be read, a text that is none, a full queue, time over,
                 logits that are not finite.
         """
         begin = time.monotonic()
-        if halves := [i for i, item in enumerate(items) if text_problem(item.text) == "half a character"]:
+        if (half := next((i for i, item in enumerate(items) if has_half_character(item.text)), None)) is not None:
             raise DataError(
                 "data.half_character",
                 "Half a character (an escape without its other half) in a text.",
-                where=f"input {halves[0]}, counted from 0",
+                where=f"input {half}, counted from 0",
                 mend="write this text again",
             )
         self.engine.check_full()
+        let_in = self._let_in(items)
+        encoding: Future[list[_Encoded]] | None = None
         waiting: dict[str, Future[Resident]] = {}
         try:
             async with asyncio.timeout(None if timeout_s == float("inf") else timeout_s):
                 for name in dict.fromkeys(item.adapter for item in items):
                     waiting[name] = self.store.hold(name)
                 held = {name: await asyncio.wrap_future(one) for name, one in waiting.items()}
+                _check_scores(items, held)
                 loaded = time.monotonic()
-                encoded = await asyncio.wrap_future(self._encoding(items, held))
+                encoding = self._tokenizing.submit(self._encode, items, held)
+                encoded = await asyncio.wrap_future(encoding)
                 tokenized = time.monotonic()
+                if whole and (cut := next((i for i, one in enumerate(encoded) if one.truncated), None)) is not None:
+                    longest = held[items[cut].adapter].max_length
+                    raise DataError("serve.truncated", f"Input {cut} is longer than {longest} tokens.")
                 rows = [(one.ids, held[item.adapter]) for one, item in zip(encoded, items, strict=True)]
                 is_alone = len(self.store) == 1
                 computed = self.engine.submit(rows, deadline=begin + timeout_s, only_adapter=is_alone)
@@ -103,6 +113,10 @@ class Service:
         finally:
             for one in waiting.values():  # also of one that is handed over in the moment in which its caller goes
                 one.add_done_callback(self._let_go)
+            if encoding is None:
+                self._let_out(let_in)
+            else:  # its thread works on where nobody waits for it any more
+                encoding.add_done_callback(lambda _: self._let_out(let_in))
         end = time.monotonic()
         answers = [
             Answer(prediction, row, held[item.adapter], len(one.ids))
@@ -114,11 +128,8 @@ class Service:
         if not handed_over.cancelled() and handed_over.exception() is None:
             self.store.release(handed_over.result())
 
-    def _encoding(self, items: Sequence[Item], held: Mapping[str, Resident]) -> "Future[list[_Encoded]]":
-        """The tokens of texts, soon; refused where those before them take the time that the queue may take.
-
-        Characters count until their thread is done with them, also where nobody waits for it any more.
-        """
+    def _let_in(self, items: Sequence[Item]) -> Counter[str]:
+        """Counts characters until they are tokens; refused where those before them take the time that a queue may."""
         mine = Counter[str]()
         for item in items:
             mine[item.adapter] += len(item.text)
@@ -131,18 +142,15 @@ class Service:
                 waiting[name] and waiting[name] + size > share for name, size in mine.items()
             ):
                 raise OverloadedError(
-                    f"Texts of {waiting.total():,} characters wait for their tokens.",
+                    f"Texts of {waiting.total():,} characters wait to become tokens.",
                     max(1.0, waiting.total() / (TOKENIZERS * _CHARACTERS_PER_S)),
                 )
             waiting += mine
+        return mine
 
-        def done(_: object) -> None:
-            with self._counting:
-                self._characters -= mine
-
-        encoding = self._tokenizing.submit(self._encode, items, held)
-        encoding.add_done_callback(done)
-        return encoding
+    def _let_out(self, mine: Counter[str]) -> None:
+        with self._counting:
+            self._characters -= mine
 
     def _encode(self, items: Sequence[Item], held: Mapping[str, Resident]) -> "list[_Encoded]":
         """Tokens as each adapter was trained on them; texts that are cut at the same length go through together."""
@@ -158,12 +166,26 @@ class Service:
                 found[i] = _Encoded(encoded.ids[begin:end], bool(cut))
         return [found[i] for i in range(len(items))]
 
-    def close(self, timeout_s: float) -> bool:
-        """Finishes what was accepted; whether all threads came to an end in time."""
+    def close(self, timeout_s: float) -> None:
+        """Finishes what was accepted, and leaves behind what is not done in time."""
         until = time.monotonic() + timeout_s
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
-        ended = self.engine.close(timeout_s)
-        return self.store.close(max(0.0, until - time.monotonic())) and ended and not self._characters
+        self.engine.close(timeout_s)
+        self.store.close(max(0.0, until - time.monotonic()))
+
+
+_SCORES = 500_000
+
+
+def _check_scores(items: Sequence[Item], held: Mapping[str, Resident]) -> None:
+    """Refuses an answer of 40 MB or more before anything is computed for it."""
+    scores = sum(len(held[item.adapter].labels) for item in items)
+    if scores > _SCORES and len(items) > 1:
+        raise DataError(
+            "serve.scores",
+            f"{len(items):,} texts have {scores:,} scores; one request takes {_SCORES:,}.",
+            mend="fewer texts in a request",
+        )
 
 
 class _Encoded(NamedTuple):
@@ -180,7 +202,8 @@ def _decode(
     found: dict[int, Prediction] = {}
     for name, resident in held.items():
         rows = [i for i, item in enumerate(items) if item.adapter == name]
-        scaled = np.stack([logits[i] for i in rows]) / np.float32(resident.temperature)
+        with np.errstate(over="ignore"):
+            scaled = np.stack([logits[i] for i in rows]) / np.float32(resident.temperature)
         if not np.isfinite(scaled).all():
             raise DivergedError("logits.not_finite", f'"{name}" gave logits that its temperature makes infinite.')
         cut = np.array([encoded[i].truncated for i in rows])

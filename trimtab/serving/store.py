@@ -19,8 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from trimtab.errors import ArtefactError, ResourceError, TrimtabError
-from trimtab.serving.base import Resident, ServedBase, describe, place
+from trimtab import untrusted
+from trimtab.errors import ArtefactError, ResourceError, TrimtabError, plain
+from trimtab.serving.base import Described, Resident, ServedBase, describe, place
 from trimtab.serving.memory import Pieces
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -52,6 +53,8 @@ class _Entry:
     failed: TrimtabError | None = None
     """Why its newest version cannot be used; an older one may be in memory nevertheless."""
     failed_at: float = 0.0
+    failed_stamp: Stamp | None = None
+    """What its files were like, where it is they that cannot be used: they are not read again before they change."""
     loading: "Future[Resident] | None" = None
     reading: threading.RLock = field(default_factory=threading.RLock)
     """Held while a version is read, so that the last to be asked for is the last to be in place."""
@@ -120,6 +123,7 @@ class Store:
         self._holders: dict[int, tuple[Resident, int]] = {}
         """Of each version that requests hold: how many. By id: a version equals itself alone."""
         self._bytes = 0
+        self._large = threading.Lock()
         self._over = 0
         """The highest generation of the names that were removed: one that comes again goes on above it."""
         # More than cores: what they wait for is a disk, and one that hangs must not keep the others.
@@ -137,7 +141,7 @@ class Store:
         found = stamp(folder)
         with self._lock:
             entry = self._entries.setdefault(name, _Entry(name, folder, found, generation=self._over))
-            entry.folder, entry.stamp, entry.failed = folder, found, None
+            entry.folder, entry.stamp, entry.failed, entry.failed_stamp = folder, found, None, None
             entry.generation, entry.sha256 = entry.generation + 1, None
             entry.changes += 1
             self._drop(entry)
@@ -236,7 +240,7 @@ class Store:
         with self._lock:
             entry = self._known(name)
             held = entry.resident
-            is_bad = isinstance(entry.failed, ArtefactError)  # else there was no room, and may be by now
+            is_bad = entry.failed_stamp is not None
             state = "resident" if held else "loading" if entry.loading else "failed" if is_bad else "registered"
             return Status(
                 name=name,
@@ -288,8 +292,7 @@ class Store:
                 return done
             self.counts.misses += 1
             if entry.loading is None:
-                # That there was no room says nothing of this moment.
-                if isinstance(entry.failed, ArtefactError) and time.monotonic() - entry.failed_at < _RETRY_S:
+                if entry.failed_stamp is not None and time.monotonic() - entry.failed_at < _RETRY_S:
                     failed: Future[Resident] = Future()
                     failed.set_exception(_another(entry.failed))
                     return failed
@@ -310,12 +313,12 @@ class Store:
             if entry is None or entry.resident is not resident:
                 self._free(resident)
 
-    def close(self, timeout_s: float = 30.0) -> bool:
-        """Reads nothing more; whether what was being read is done in time."""
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Reads nothing more, and waits for what is being read, but no longer than that."""
         with self._lock:
             loading = [entry.loading for entry in self._entries.values() if entry.loading]
         self._loaders.shutdown(wait=False, cancel_futures=True)
-        return not wait(loading, timeout_s).not_done
+        wait(loading, timeout_s)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -346,9 +349,8 @@ class Store:
         """Gives a version that has been read to one who waits, if nobody evicted it meanwhile; else asks again."""
         if not mine.set_running_or_notify_cancel():
             return
-        if found.cancelled() or found.exception() is not None:
-            stopped = ResourceError("serve.stopping", "The server stops.")
-            mine.set_exception(stopped if found.cancelled() else _another(found.exception()))
+        if found.exception() is not None:
+            mine.set_exception(_another(found.exception()))
             return
         resident = found.result()
         with self._lock:
@@ -384,7 +386,7 @@ class Store:
     def _put_in_place(self, entry: _Entry, folder: Path, before: Stamp, resident: Resident) -> Resident:
         """Makes what was read the version of its name. Under the lock."""
         self._drop(entry)
-        entry.folder, entry.stamp, entry.failed = folder, before, None
+        entry.folder, entry.stamp, entry.failed, entry.failed_stamp = folder, before, None, None
         if entry.sha256 not in (None, resident.sha256):  # the same files again are the same version
             entry.generation += 1
         entry.sha256 = resident.sha256
@@ -398,26 +400,29 @@ class Store:
 
     def _read(self, entry: _Entry, folder: Path) -> tuple[Stamp, Resident]:
         """What a folder was like, and what it held. One that is exchanged while it is read is read again."""
-        begin = time.monotonic()
         for left in reversed(range(_ATTEMPTS)):
-            before = stamp(folder)
+            begin, before = time.monotonic(), stamp(folder)
             try:
+                if entry.failed is not None and (entry.failed_stamp, entry.folder) == (before, folder):
+                    raise entry.failed  # what these very files are is known
                 return before, self._read_once(entry, folder)
             except (TrimtabError, OSError) as error:
-                found = error if isinstance(error, TrimtabError) else _unreadable(error, folder)
+                found = _tamed(error if isinstance(error, TrimtabError) else _unreadable(error, folder))
                 if not left or stamp(folder) == before:
-                    self._failed(entry, folder, found)
+                    self._failed(entry, folder, before, found)
                     raise found from None
             finally:
                 with self._lock:
                     self.counts.load_seconds += time.monotonic() - begin
         raise AssertionError
 
-    def _failed(self, entry: _Entry, folder: Path, error: TrimtabError) -> None:
+    def _failed(self, entry: _Entry, folder: Path, before: Stamp, error: TrimtabError) -> None:
         with self._lock:
             is_known = entry.failed is not None and entry.failed.what == error.what
             if folder == entry.folder:  # that another folder is bad says nothing of its own files
                 entry.failed, entry.failed_at = _another(error), time.monotonic()
+                # That there was no room, or that the system refused something, says nothing of the files.
+                entry.failed_stamp = before if isinstance(error, ArtefactError) else None
             self.counts.failures[error.code] = self.counts.failures.get(error.code, 0) + 1
         if not is_known:
             self._say(f"{entry.name}: cannot be used; {error.what}")
@@ -425,8 +430,19 @@ class Store:
     def _read_once(self, entry: _Entry, folder: Path) -> Resident:
         found = describe(self.served, folder)
         size = found.layout.bytes
+        if size > (most := max(self.budget_bytes // 8, _LARGE)):
+            raise ResourceError(
+                "serve.memory",
+                f"This adapter takes {size:,} bytes; one takes at most {most:,}, an eighth of the memory for all.",
+                mend="a lower rank or fewer targets, or serve with more: --memory 4GB",
+            )
         with self._lock:
-            self._going(entry, size)  # before a tensor is read: the file may be larger than all memory
+            self._going(entry, size)  # before a tensor is read
+        # Twice its size while it is read, beside the budget: one at a time where that is much.
+        with self._large if size > _LARGE else nullcontext():
+            return self._take_in(entry, found, size)
+
+    def _take_in(self, entry: _Entry, found: Described, size: int) -> Resident:
         tensors = found.read_tensors()
         with self._lock:
             for one in self._going(entry, size):
@@ -478,7 +494,8 @@ class Store:
         self._pieces.give_back(resident.memory)
 
 
-_RETRY_S = 5.0  # a folder that could not be read is not read again at every request
+_RETRY_S = 5.0  # a folder that could not be used is not looked at again at every request
+_LARGE = 64 << 20  # bytes; an adapter of usual rank has 0.3 to 10 MB
 _ATTEMPTS = 4  # of reading a folder that changes meanwhile
 
 
@@ -510,13 +527,17 @@ def folders(directory: Path) -> Iterator[tuple[str, Path]]:
                 yield item.name, Path(item.path)
 
 
-def _unreadable(error: OSError, folder: Path) -> ArtefactError:
-    return ArtefactError(
-        "adapter.unreadable",
-        f"{error.strerror or error}.",
-        where=str(error.filename or folder),
-        mend="see to it that the folder is there and can be read",
-    )
+def _unreadable(error: OSError, folder: Path) -> TrimtabError:
+    where = str(error.filename or folder)
+    if error.errno in untrusted.OF_THE_FILE:
+        mend = "see to it that the folder is there and can be read"
+        return ArtefactError("adapter.unreadable", f"{error.strerror}.", where=where, mend=mend)
+    return ResourceError("serve.system", f"{error.strerror or error}.", where=where, mend="try again")
+
+
+def _tamed(error: TrimtabError) -> TrimtabError:
+    """The same for logs, lists and answers, where a stranger's words may be of any length and any kind."""
+    return type(error)(error.code, plain(error.what, 300), where=plain(error.where, 300), mend=plain(error.mend, 300))
 
 
 E = TypeVar("E", bound=BaseException | None)

@@ -3,7 +3,8 @@
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from trimtab import durable
@@ -63,7 +64,8 @@ def put(
             f'"{name}" is served from a folder of its own, which was named when the server was started.',
             mend="another name; or change that folder and start the server again",
         )
-    draft, old = directory / f"{_NEW}{uuid.uuid4().hex}", directory / f"{_OLD}{name}"
+    mark = uuid.uuid4().hex
+    draft, old = directory / f"{_NEW}{mark}", directory / f"{_OLD}{mark}-{name}"
     try:
         try:
             draft.mkdir()
@@ -75,26 +77,8 @@ def put(
                 "serve.disk", f"The upload cannot be written: {error.strerror}.", mend="make room on the server"
             ) from None
         describe(store.served, draft).read_tensors()
-        with store.directory_lock, store.exchanging(name):
-            if target.is_symlink() or (target.exists() and not target.is_dir()):
-                raise DataError(
-                    "serve.folder", f'"{name}" is no folder in the adapter directory.', mend="remove it there"
-                )
-            if target.exists():
-                target.rename(old)
-            try:
-                draft.rename(target)
-            except OSError:
-                old.rename(target)
-                raise
-            durable.sync_folder(directory)
-            try:
-                return store.replace(name, target, if_generation=if_generation)
-            except BaseException:  # no room for it, another generation, whatever else: the folder is what it was
-                target.rename(draft)
-                if old.exists():
-                    old.rename(target)
-                raise
+        with store.directory_lock, store.exchanging(name), _exchanged(draft, target, old):
+            return store.replace(name, target, if_generation=if_generation)
     except OSError as error:
         if isinstance(error, TrimtabError):
             raise
@@ -102,6 +86,27 @@ def put(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _exchanged(draft: Path, target: Path, old: Path) -> Iterator[None]:
+    """A draft in its place; where anything goes wrong the folder is what it was."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        what = f'"{target.name}" is no folder in the adapter directory.'
+        raise DataError("serve.folder", what, mend="remove it there")
+    was_there = target.exists()
+    if was_there:
+        target.rename(old)
+    try:
+        draft.rename(target)
+        durable.sync_folder(target.parent)
+        yield
+    except BaseException:  # no room for it, another generation, whatever else
+        if target.exists():
+            target.rename(draft)
+        if was_there:
+            old.rename(target)
+        raise
 
 
 _NEW, _OLD = ".trimtab-new-", ".trimtab-old-"  # what folders begin with while an upload is under way
@@ -113,8 +118,9 @@ def tidy(directory: Path) -> None:
     A version that was moved aside, and whose successor did not take its place, comes back.
     """
     for left in sorted(directory.glob(".trimtab-*")):
-        kept = directory / left.name.removeprefix(_OLD)
-        if left.name.startswith(_OLD) and not os.path.lexists(kept):
+        name = left.name.removeprefix(_OLD)[33:]  # behind the mark
+        kept = directory / name
+        if left.name.startswith(_OLD) and name and not os.path.lexists(kept):
             left.rename(kept)
         elif left.name.startswith((_NEW, _OLD)):
             shutil.rmtree(left, ignore_errors=True)

@@ -33,16 +33,17 @@ class Watch:
 
     def look(self) -> None:
         """One look: what has settled since the last one is taken over."""
-        with self.store.directory_lock:
-            served = self.store.places()
-            # Folders by their own names, and those that were put under another.
-            wanted = dict(folders(self.directory))
-            wanted |= {name: folder for name, folder in served.items() if folder.parent == self.directory}
-            for name, folder in sorted(wanted.items()):
+        # Folders by their own names, and those that were put under another.
+        served, wanted = self.store.places(), dict(folders(self.directory))
+        wanted |= {name: folder for name, folder in served.items() if folder.parent == self.directory}
+        for name, folder in sorted(wanted.items()):
+            if self._is_over.is_set():
+                return
+            with self.store.directory_lock:  # for each: uploads wait for one folder, not for all
                 if served.get(name, folder) == folder:
                     self._look_at(name, folder)
-            for name in self._seen.keys() - wanted.keys():  # forgotten by its name before its folder went
-                self._let_go(name)
+        for name in self._seen.keys() - wanted.keys():  # forgotten by its name before its folder went
+            self._let_go(name)
 
     def _look_at(self, name: str, folder: Path) -> None:
         now = stamp(folder) if folder.is_dir() and not folder.is_symlink() else ()
@@ -98,8 +99,8 @@ class Watch:
         self._thread = threading.Thread(target=run, name="watch", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the thread."""
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Ends the thread; one that hangs on a disk is left behind."""
         self._is_over.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout_s)
