@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import hmac
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from trimtab.errors import RecipeError
 
 _SHORTEST = 16
+_MAKE = 'python3 -c "import secrets; print(secrets.token_urlsafe())" makes one'
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def read(file: Path) -> tuple[Token, ...]:
 
         [[token]]
         name = "team-a"
-        secret = "at least 16 characters"      # or sha256 = "64 hex digits" of it
+        secret = "at-least-16-characters"      # or sha256 = "64 hex digits" of it
         adapters = ["team-a-*", "shared"]
         admin = false
 
@@ -98,7 +100,9 @@ def _token(part: object, where: str) -> Token:
         if not isinstance(secret, str) or len(secret) < _SHORTEST:
             raise wrong(
                 f"A secret has at least {_SHORTEST} characters.",
-                'python3 -c "import secrets; print(secrets.token_urlsafe())" makes one',
+                _MAKE,
             )
+        if not re.fullmatch("[!-~]+", secret):  # a header brings no others as they are
+            raise wrong("A secret has letters, digits and signs of ASCII, and no spaces.", _MAKE)
         found = hashlib.sha256(secret.encode()).digest()
     return Token(name, found, tuple(adapters), admin)
