@@ -158,6 +158,20 @@ def test_lora_outside_the_layers_is_adopted_and_not_served(places: dict[str, Pat
         serving.read(serving.load_base(find_base(str(places["bert"])), RuntimeSettings()), found.folder)
 
 
+def test_a_base_that_is_not_served_is_adopted_and_said_to_be_so(places: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(places["bert"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}), "utf-8")
+    source = write_peft(tmp_path / "peft", base)
+
+    found = adopt(source, tmp_path / "ours", names=NAMES)
+
+    check_answers(found, peft_answers(source, base))
+    assert not found.is_served
+    with pytest.raises(BaseModelError, match="relu"):
+        serving.load_base(find_base(str(base)), RuntimeSettings())
+
+
 def test_a_pooler_that_was_trained_too_comes_along(places: dict[str, Path], tmp_path: Path) -> None:
     source = write_peft(tmp_path / "peft", places["bert"], modules_to_save=["classifier", "pooler"])
 

@@ -577,10 +577,13 @@ def _read_tensors(
 
 
 def _is_served(base: Base, lora: LoraSettings) -> bool:
+    """Whether serving's own functions take base and targets. The files are mapped, not read a second time."""
     try:
         config = json.loads((base.folder / "config.json").read_bytes())
-        return bool(encoder.sites(config, adapter.base_tensors(base), lora.target_modules))
-    except (encoder.NotSupported, ValueError):
+        tensors = adapter.base_tensors(base)
+        encoder.of_base(config, tensors)
+        return bool(encoder.sites(config, tensors, lora.target_modules))
+    except (ValueError, KeyError):  # NotSupported is one; a key that an old config leaves to its defaults
         return False
 
 
