@@ -191,6 +191,36 @@ def test_a_thousand_faults_of_a_body_are_not_all_collected(kind: type[BaseModel]
     assert failure.value.error_count() <= 3
 
 
+HALF = "a\ud800b"
+ONE = {"inputs": "a", "model": "reviews"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "where"),
+    [
+        ("/predict", ONE | {"model": HALF}, "model"),
+        ("/predict", {"inputs": [["a"]], "models": [HALF]}, "models.0"),
+        ("/predict", ONE | {"truncation_direction": HALF}, "truncation_direction"),
+        ("/v1/classify", {"input": "a", "model": HALF}, "model"),
+        ("/v2/models/reviews/infer", {"inputs": [TENSOR | {"datatype": HALF}]}, "inputs.0.datatype"),
+        ("/v2/models/reviews/infer", {"inputs": [TENSOR | {"name": HALF}]}, "inputs.0.name"),
+        ("/v2/models/reviews/infer", {"inputs": [TENSOR], "id": HALF}, "id"),
+        ("/v2/models/reviews/infer", {"inputs": [TENSOR], "outputs": [{"name": HALF}]}, "outputs.0.name"),
+        ("/v2/models/reviews/infer", {"inputs": [TENSOR | {"data": [HALF]}]}, "Half a character"),
+    ],
+)
+def test_half_a_character_anywhere_is_refused(server: Server, path: str, body: object, where: str) -> None:
+    status, failure, _ = server.ask("POST", path, body)
+    assert (status, failure["error"].startswith(where)) == (422, True), failure
+
+
+def test_half_a_character_that_nobody_reads_is_no_fault(server: Server) -> None:
+    odd = {HALF: HALF}
+    assert server.ask("POST", "/predict", ONE | odd)[0] == 200
+    body = {"inputs": [TENSOR | {"parameters": odd}], "parameters": odd} | odd
+    assert server.ask("POST", "/v2/models/reviews/infer", body)[0] == 200
+
+
 def test_the_only_adapter_needs_no_name(alone: Server, made: tuple[Path, dict[str, Any]]) -> None:
     check(alone.predict({"inputs": TEXTS[0]}), expected(made, "reviews", TEXTS[:1])[0], LABELS["reviews"])
     assert alone.ask("POST", "/v1/classify", {"input": "boring"})[0] == 200

@@ -265,7 +265,7 @@ def _invalid(error: RequestValidationError | ValidationError) -> str:
     first = error.errors()[0]
     if first["loc"] == ("body",):
         return "The body is no JSON object, or its Content-Type is not application/json."
-    if "inputs" in first["loc"]:
+    if "inputs" in first["loc"] and first["loc"][2:3] != (0,):  # a tensor of KServe's says which part of it
         return f'inputs: a text, ["a text"], or a batch [["first"], ["second"]]; {PAIR}.'
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 # The first fault is enough: a million of them took 30 s of the event loop and 2.5 GB.
 Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
-Name = Annotated[str, Field(max_length=200, description="Name of an adapter, as GET /v1/models lists it.")]
+# With a bound pydantic looks at the characters, and refuses half a one (\ud800), which no answer can be written with:
+# every string of a body has one but texts, whose faults the service names.
+Word = Annotated[str, Field(max_length=200)]
+Name = Annotated[Word, Field(description="Name of an adapter, as GET /v1/models lists it.")]
 
 
 class PredictRequest(BaseModel):
@@ -86,9 +89,9 @@ class InferTensor(BaseModel):
     """A tensor of the Open Inference Protocol."""
 
     model_config = ConfigDict(extra="ignore")
-    name: Annotated[str, Field(max_length=200)]
+    name: Word
     shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=2), Field(fail_fast=True)]
-    datatype: str
+    datatype: Word
     parameters: dict[str, Any] | None = None
     data: list[Any]
 
@@ -96,7 +99,7 @@ class InferTensor(BaseModel):
 class InferOutput(BaseModel):
     """A tensor that is asked for."""
 
-    name: str
+    name: Word
 
 
 class InferRequest(BaseModel):
@@ -121,16 +124,16 @@ class InferResponse(BaseModel):
 
     model_name: str
     model_version: str
-    id: str | None = None
+    id: Word | None = None
     outputs: list[InferTensor]
 
 
 class PutAdapter(BaseModel):
     """What to serve under a name."""
 
-    folder: Annotated[
-        str | None, Field(max_length=200, description="A folder of --adapter-dir; left out: the one of that name.")
-    ] = None
+    folder: Annotated[Word | None, Field(description="A folder of --adapter-dir; left out: the one of that name.")] = (
+        None
+    )
     pin: bool | None = None
     if_generation: Annotated[
         int | None, Field(ge=0, description="Only if the adapter is in this generation; 0: only if there is none.")
