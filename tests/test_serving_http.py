@@ -226,6 +226,24 @@ def test_the_only_adapter_needs_no_name(alone: Server, made: tuple[Path, dict[st
     assert alone.ask("POST", "/v1/classify", {"input": "boring"})[0] == 200
 
 
+@pytest.mark.parametrize("wrong", ["modle", "Model", "mode", "model_id", "model_name", "modells"])
+def test_a_misspelt_model_is_not_answered_by_the_only_adapter(alone: Server, wrong: str) -> None:
+    for path, text in (("/predict", "inputs"), ("/a/reviews/predict", "inputs"), ("/v1/classify", "input")):
+        status, failure, _ = alone.ask("POST", path, {text: "boring", wrong: "topics"})
+        assert (status, failure["error"].startswith(f"{wrong}: ")) == (422, True), failure
+        assert "Is `model" in failure["error"]
+        assert alone.ask("POST", path, {text: "boring", wrong: "topics", "model": "reviews"})[0] == 200
+    assert alone.ask("POST", "/predict", {"inputs": [["a"]], "modelss": ["reviews"]})[0] == 422
+
+
+def test_fields_of_other_servers_are_ignored(alone: Server) -> None:
+    tei = ["normalize", "prompt_name", "return_all_scores", "options", "dimensions", "request_id"]
+    vllm = ["truncate_prompt_tokens", "add_special_tokens", "activation", "softmax", "user", "priority", "modalities"]
+    for path, text in (("/predict", "inputs"), ("/v1/classify", "input")):
+        body = {text: "boring"} | dict.fromkeys([*tei, *vllm, "", "mödel", "m" * 10_000], 1)
+        assert alone.ask("POST", path, body)[0] == 200
+
+
 def test_an_address_for_each_adapter(server: Server, made: tuple[Path, dict[str, Any]]) -> None:
     found = server.predict({"inputs": TEXTS[0]}, "/a/topics/predict")
     check(found, expected(made, "topics", TEXTS[:1])[0], LABELS["topics"])

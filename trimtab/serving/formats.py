@@ -4,9 +4,12 @@ Sources: text-embeddings-inference, `router/src/http/types.rs`; vLLM, `entrypoin
 Open Inference Protocol of KServe, version 2 (REST).
 """
 
+import difflib
+from itertools import islice
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 # The first fault is enough: a million of them took 30 s of the event loop and 2.5 GB.
 Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
@@ -16,7 +19,30 @@ Word = Annotated[str, Field(max_length=200)]
 Name = Annotated[Word, Field(description="Name of an adapter, as GET /v1/models lists it.")]
 
 
-class PredictRequest(BaseModel):
+class _NamesAdapter(BaseModel):
+    """A body that names its adapter. Fields that are not known here are ignored, as TEI does."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_no_other(cls, body: object) -> object:
+        """Refuses a misspelt `model` where there is none: the only adapter would answer for the one that was meant."""
+        names = [name for name in ("model", "models") if name in cls.model_fields]
+        if not isinstance(body, dict) or any(name in body for name in names):
+            return body
+        for key in islice(body, 20):  # a comparison takes 30 µs, and a body may have 100,000 keys
+            if key in cls.model_fields or not (isinstance(key, str) and key.isascii() and len(key) <= 16):
+                continue
+            if close := difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.65):
+                raise _refusal(key, f"This field is not known. Is `{close[0]}` meant?")
+        return body
+
+
+def _refusal(where: str, what: str) -> ValidationError:
+    fault = PydanticCustomError("refused", what)
+    return ValidationError.from_exception_data("body", [{"type": fault, "loc": (where,), "input": None}])
+
+
+class PredictRequest(_NamesAdapter):
     """TEI's body. Fields that are not known here are ignored, as TEI does."""
 
     inputs: Annotated[
@@ -48,8 +74,8 @@ class Score(BaseModel):
     label: str
 
 
-class ClassifyRequest(BaseModel):
-    """vLLM's body."""
+class ClassifyRequest(_NamesAdapter):
+    """vLLM's body. Fields that are not known here are ignored."""
 
     model: Annotated[
         Name | None, Field(description="The adapter that answers; may be left out where there is one.")
@@ -105,7 +131,7 @@ class InferOutput(BaseModel):
 class InferRequest(BaseModel):
     """The Open Inference Protocol's body: one BYTES tensor of texts, of any name."""
 
-    id: str | None = None
+    id: Word | None = None
     inputs: Annotated[
         list[InferTensor],
         Field(fail_fast=True),
