@@ -294,6 +294,40 @@ def test_hugging_faces_client_unchanged(server: Server, made: tuple[Path, dict[s
     assert json.loads(done.stdout) == pytest.approx(dict(zip(LABELS["topics"], row, strict=True)), abs=1e-4)
 
 
+def test_parameters_of_hugging_faces_client(server: Server, made: tuple[Path, dict[str, Any]]) -> None:
+    program = (
+        "import json, sys, huggingface_hub; client = huggingface_hub.InferenceClient(sys.argv[1]);"
+        "ask = lambda **more: [(one.label, one.score) for one in client.text_classification(sys.argv[2], **more)];"
+        "print(json.dumps([ask(top_k=1), ask(function_to_apply='none'), ask(top_k=2, function_to_apply='softmax')]))"
+    )
+    command = [sys.executable, "-c", program, f"{server.url}/a/topics", TEXTS[0]]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "0"}, capture_output=True, text=True)
+    best, raw, two = json.loads(done.stdout)
+    scores = dict(zip(LABELS["topics"], expected(made, "topics", TEXTS[:1])[0].tolist(), strict=True))
+    logits = answers(made[1]["topics"], TEXTS[:1], made[0] / "base")[0].tolist()
+    order = sorted(scores, key=lambda label: -scores[label])
+    assert [label for label, _ in best] == order[:1]
+    assert [label for label, _ in two] == order[:2]
+    assert dict(two) == pytest.approx({label: scores[label] for label in order[:2]}, abs=1e-4)
+    assert dict(raw) == pytest.approx(dict(zip(LABELS["topics"], logits, strict=True)), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "status", "said"),
+    [
+        ({"function_to_apply": "sigmoid"}, 422, "parameters.function_to_apply: sigmoid scores each label alone"),
+        ({"function_to_apply": "tanh"}, 422, "parameters.function_to_apply: "),
+        ({"top_k": 0}, 422, "parameters.top_k: "),
+        ({"top_k": None, "function_to_apply": None, "truncation": True}, 200, ""),
+        (None, 200, ""),
+    ],
+)
+def test_parameters_that_cannot_be_are_refused(server: Server, parameters: object, status: int, said: str) -> None:
+    found, answer, _ = server.ask("POST", "/a/topics", {"inputs": "a", "parameters": parameters})
+    assert found == status
+    assert status == 200 or answer["error"].startswith(said)
+
+
 # -- operating
 
 

@@ -6,9 +6,9 @@ Open Inference Protocol of KServe, version 2 (REST).
 
 import difflib
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 # The first fault is enough: a million of them took 30 s of the event loop and 2.5 GB.
@@ -42,6 +42,22 @@ def _refusal(where: str, what: str) -> ValidationError:
     return ValidationError.from_exception_data("body", [{"type": fault, "loc": (where,), "input": None}])
 
 
+class PredictParameters(BaseModel):
+    """What Hugging Face's client says beside its text."""
+
+    top_k: Annotated[int | None, Field(ge=1, description="As `top_k` of the body.")] = None
+    function_to_apply: Annotated[
+        Literal["softmax", "none"] | None, Field(description="softmax, the default; none is `raw_scores` of the body.")
+    ] = None
+
+    @field_validator("function_to_apply", mode="before")
+    @classmethod
+    def _is_no_sigmoid(cls, said: object) -> object:
+        if said == "sigmoid":
+            raise PydanticCustomError("refused", "sigmoid scores each label alone, and an adapter here chooses one.")
+        return said
+
+
 class PredictRequest(_NamesAdapter):
     """TEI's body. Fields that are not known here are ignored, as TEI does."""
 
@@ -65,6 +81,15 @@ class PredictRequest(_NamesAdapter):
         bool | None, Field(description="false refuses a text that would be cut. Else it is cut, as in training.")
     ] = None
     truncation_direction: Literal["right", "Right", "left", "Left"] = "right"
+    parameters: Annotated[PredictParameters | None, Field(description="Hugging Face's client sends them so.")] = None
+
+    @model_validator(mode="after")
+    def _fold(self) -> Self:
+        """One place for what two families call by two names; what stands in the body itself comes first."""
+        if self.parameters is not None:
+            self.top_k = self.top_k or self.parameters.top_k
+            self.raw_scores = self.raw_scores or self.parameters.function_to_apply == "none"
+        return self
 
 
 class Score(BaseModel):
