@@ -191,6 +191,23 @@ def test_a_thousand_faults_of_a_body_are_not_all_collected(kind: type[BaseModel]
     assert failure.value.error_count() <= 3
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("/predict", {"inputs": [["a"]] * 10_001, "model": "reviews"}, "texts: 10,001 are too many"),
+        ("/predict", {"inputs": ["a"] * 190_000, "models": ["b"] * 190_000}, "texts: 190,000 are too many"),
+        ("/predict", {"inputs": [["a"]], "models": ["b"] * 190_000}, "models: 190,000 are too many"),
+        ("/a/reviews", {"inputs": [[]] * 500_000}, "texts: 500,000 are too many"),
+        ("/v1/classify", {"input": ["a"] * 10_001, "model": "reviews"}, "texts: 10,001 are too many"),
+        ("/v2/models/reviews/infer", {"inputs": [TENSOR | {"data": ["a"] * 10_001}]}, "texts: 10,001 are too many"),
+        ("/v2/models/reviews/infer", {"inputs": [TENSOR], "outputs": [{"name": "a"}] * 101}, "outputs: "),
+    ],
+)
+def test_a_flood_of_small_things_is_not_looked_at(server: Server, path: str, body: object, said: str) -> None:
+    status, failure, _ = server.ask("POST", path, raw=json.dumps(body, separators=(",", ":")).encode())
+    assert (status, failure["error"].startswith(said)) == (422, True), failure
+
+
 HALF = "a\ud800b"
 ONE = {"inputs": "a", "model": "reviews"}
 
