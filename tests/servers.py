@@ -52,7 +52,7 @@ class Server:
         found = response.read()
         connection.close()
         is_json = response.headers.get_content_type() == "application/json"
-        said = json.loads(found) if is_json else found.decode("utf-8", "replace")
+        said = json.loads(found) if is_json and found else found.decode("utf-8", "replace")
         return response.status, said, dict(response.headers.items())
 
     def predict(self, body: object, path: str = "/predict", **headers: str) -> Any:

@@ -256,6 +256,30 @@ def test_bytes_that_are_no_requests(server: Server, unharmed: None, kind: str) -
     assert exchange(server, sent, len(expected)) == expected
 
 
+@pytest.mark.parametrize(
+    "path", ["/health", "/livez", "/readyz", "/ping", "/", "/v2/health/ready", "/docs", "/page/page.js", "/v1/models"]
+)
+def test_head_is_answered_like_get_without_a_body(server: Server, path: str) -> None:
+    where = urlsplit(server.url)
+    with socket.create_connection((where.hostname, where.port), timeout=8) as connection:
+        connection.sendall(b"HEAD %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode())
+        connection.sendall(get(b"/livez", b"Connection: close\r\n"))
+        head, _, rest = b"".join(iter(lambda: connection.recv(65_536), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert rest.startswith(b"HTTP/1.1 200 ")  # the next answer follows at once
+    _, _, headers = server.ask("GET", path)
+    said = dict(line.split(": ", 1) for line in head.decode().lower().split("\r\n")[1:])
+    assert said["content-length"] == headers["content-length"]
+    assert said["content-type"] == headers["content-type"]
+
+
+def test_head_needs_a_token_where_get_does(guarded: Server) -> None:
+    assert guarded.ask("HEAD", "/v1/models")[0] == 401
+    assert guarded.ask("HEAD", "/v1/models", headers=bearer(READER))[0] == 200
+    assert guarded.ask("HEAD", "/v1/adapters/topics", headers=bearer(READER))[0] == 403
+    assert guarded.ask("HEAD", "/predict", headers=bearer(READER))[0] == 405
+
+
 def test_broken_requests_at_once_disturb_nobody(server: Server) -> None:
     """While forty callers send broken requests, every good one is answered alike."""
     before, over = about(said(server)), threading.Event()

@@ -101,6 +101,8 @@ class Guard:
             self.state.running.discard(limit)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send, limit: asyncio.Timeout) -> None:
+        if scope["method"] == "HEAD":  # load balancers ask so; uvicorn, which knows it too, sends no body
+            scope = {**scope, "method": "GET"}
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
         is_public = scope["path"] in PUBLIC or scope["path"].startswith(PUBLIC_FOLDERS)
         caller = ANYBODY
