@@ -362,6 +362,27 @@ def test_nothing_compressed_is_inflated(server: Server, unharmed: None) -> None:
     assert server.ask("POST", "/predict", BODY, headers={"Content-Encoding": "identity"})[0] == 200
 
 
+@pytest.mark.parametrize("connection", ["keep-alive", "close"])
+@pytest.mark.parametrize(
+    ("status", "path", "more"),
+    [
+        (401, "/predict", {}),
+        (401, "/v1/adapters/reviews", bearer("wrong")),
+        (413, "/predict", bearer(ADMIN)),
+        (413, "/health", {}),
+        (415, "/predict", bearer(ADMIN) | {"Content-Encoding": "gzip"}),
+        (415, "/health", {"Content-Encoding": "gzip"}),
+        (431, "/predict", bearer(ADMIN) | {"X-One": "a" * 9_000, "X-Two": "a" * 9_000}),
+    ],
+)
+def test_who_still_sends_reads_why_not(
+    guarded: Server, status: int, path: str, more: dict[str, str], connection: str
+) -> None:
+    for _ in range(5):
+        found, failure, _ = guarded.ask("PUT", path, raw=b"x" * (8 << 20), headers=more | {"Connection": connection})
+        assert (found, bool(failure["error"])) == (status, True)
+
+
 # -- uploads
 
 EDGE = "edge-of-the-parts"

@@ -41,6 +41,7 @@ class Limits:
 
 
 _READ_AWAY = 64 << 20
+"""Of a body that is refused. Anybody may make us read it: nothing is kept, and it must arrive within `receive_s`."""
 
 
 @dataclass
@@ -60,6 +61,15 @@ class State:
         """Ends the requests that are still under way, each with the answer that the server stops."""
         for limit in list(self.running):
             limit.reschedule(0.0)
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    status: int
+    kind: str
+    """Of TEI's errors."""
+    what: str
+    retry_after_s: int = 0
 
 
 class _GoneError(Exception):
@@ -105,70 +115,87 @@ class Guard:
             scope = {**scope, "method": "GET"}
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
         is_public = scope["path"] in PUBLIC or scope["path"].startswith(PUBLIC_FOLDERS)
-        caller = ANYBODY
-        if self.tokens and not is_public:
-            found = access.find(self.tokens, _secret(headers))
-            if found is None:
-                await self._refuse(send, 401, "unauthorized", "This needs a token: Authorization: Bearer TOKEN")
-                return
-            caller = found
-        if self.state.is_draining and not is_public:
-            await self._refuse(send, 503, "unhealthy", "The server stops; it takes no new requests.", retry_after_s=5)
-            return
-        if not is_public:
-            self.state.running.add(limit)
-        scope.setdefault("state", {})["caller"] = caller
-        if sum(len(key) + len(value) for key, value in scope["headers"]) > self.limits.header_bytes:
-            await self._refuse(
-                send, 431, "validation", f"The headers have more than {self.limits.header_bytes:,} bytes."
-            )
-            return
-        is_upload = scope["method"] == "PUT" and scope["path"].startswith("/v1/adapters/") and caller.admin
+        caller = ANYBODY if is_public or not self.tokens else access.find(self.tokens, _secret(headers))
+        is_upload = scope["method"] == "PUT" and scope["path"].startswith("/v1/adapters/") and caller and caller.admin
         most = self.limits.upload_bytes if is_upload else 0 if is_public else self.limits.body_bytes
-        if reason := _unread(headers):
-            await self._refuse(send, 415, "validation", reason)
-            return
+        refusal = self._refusal(scope, headers, caller, is_public)
+        if refusal is None and not is_public:
+            self.state.running.add(limit)
+        body = None
         try:
-            body = await self._body(headers, receive, most)
+            if refusal is None:
+                body = await self._body(headers, receive, most)
+            else:
+                await _read_away(headers, receive)
         except _GoneError:
             return  # half a request is none
         if body is None:
-            await self._refuse(send, 413, "validation", f"The body has more than {most:,} bytes.")
+            await self._refuse(send, refusal or _Refusal(413, "validation", f"The body has more than {most:,} bytes."))
             return
+        scope.setdefault("state", {})["caller"] = caller
         await self.app(scope, _replay(body, receive), send)
+
+    def _refusal(
+        self, scope: Scope, headers: dict[bytes, str], caller: Token | None, is_public: bool
+    ) -> _Refusal | None:
+        """Why a request is refused by its headers; None where it is not."""
+        if caller is None:
+            return _Refusal(401, "unauthorized", "This needs a token: Authorization: Bearer TOKEN")
+        if self.state.is_draining and not is_public:
+            return _Refusal(503, "unhealthy", "The server stops; it takes no new requests.", retry_after_s=5)
+        if sum(len(key) + len(value) for key, value in scope["headers"]) > self.limits.header_bytes:
+            return _Refusal(431, "validation", f"The headers have more than {self.limits.header_bytes:,} bytes.")
+        if reason := _unread(headers):
+            return _Refusal(415, "validation", reason)
+        return None
 
     async def _body(self, headers: dict[bytes, str], receive: Receive, most: int) -> bytes | None:
         """The whole body; None where it is too large."""
         length = headers.get(b"content-length", "0")
-        too_large = not length.isdigit() or int(length) > most
+        if not length.isdigit() or int(length) > most:
+            await _read_away(headers, receive)
+            return None
         pieces: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            piece = message.get("body", b"")
+        size, more = 0, True
+        while more:
+            piece, more = await _piece(receive)
+            pieces.append(piece)
             size += len(piece)
-            too_large = too_large or size > most
-            if too_large:
-                # Read on, and away: a client that still sends would find its connection reset, and not our answer.
+            if size > most:
                 pieces.clear()
-                if size > most + _READ_AWAY:
-                    return None
-            else:
-                pieces.append(piece)
-            if message["type"] == "http.disconnect":
-                raise _GoneError
-            if not message.get("more_body", False):
-                return None if too_large else b"".join(pieces)
+                if more:
+                    await _read_away({}, receive)
+                return None
+        return b"".join(pieces)
 
-    async def _refuse(self, send: Send, status: int, kind: str, what: str, retry_after_s: int = 0) -> None:
+    async def _refuse(self, send: Send, refusal: _Refusal) -> None:
+        status, kind = refusal.status, refusal.kind
         self.state.failures[kind] = self.state.failures.get(kind, 0) + 1
-        body = json.dumps({"error": what, "error_type": kind, "code": "", "mend": ""}).encode()
+        body = json.dumps({"error": refusal.what, "error_type": kind, "code": "", "mend": ""}).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
-        headers += [(b"retry-after", str(retry_after_s).encode())] if retry_after_s else []
-        headers += [(b"connection", b"close")] if status in (413, 415) else []  # the body, or its rest, is not read
+        headers += [(b"retry-after", str(refusal.retry_after_s).encode())] if refusal.retry_after_s else []
+        headers += [(b"connection", b"close")] if status in (413, 415) else []  # the rest is perhaps not read
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+
+async def _piece(receive: Receive) -> tuple[bytes, bool]:
+    """The next piece of a body, and whether there are more."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise _GoneError
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _read_away(headers: dict[bytes, str], receive: Receive) -> None:
+    """Reads a body that is refused, before its answer: who still sends would find the connection reset instead."""
+    if headers.get(b"expect", "").lower() == "100-continue":
+        return  # it waits for leave to send
+    left, more = _READ_AWAY, True
+    while more and left > 0:
+        piece, more = await _piece(receive)
+        left -= len(piece)
 
 
 def _unread(headers: dict[bytes, str]) -> str:
