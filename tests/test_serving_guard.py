@@ -53,7 +53,9 @@ REFUSED = [
 def test_a_refused_body_is_read_to_its_end_before_the_answer(
     status: int, headers: list[tuple[bytes, bytes]], is_draining: bool
 ) -> None:
-    assert ask(headers, 128, is_draining=is_draining)[::2] == (status, 128)
+    found, failure, read = ask(headers, 128, is_draining=is_draining)
+    assert (found, read) == (status, 128)
+    assert all(failure.values()), failure
 
 
 @pytest.mark.parametrize(("status", "headers", "is_draining"), REFUSED)

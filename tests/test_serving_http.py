@@ -525,6 +525,32 @@ def test_a_token_asks_its_own_adapters_and_changes_none(guarded: Server) -> None
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "more", "body", "status", "code"),
+    [
+        ("GET", "/v1/models", {}, None, 401, "serve.token"),
+        ("POST", "/predict", bearer(ADMIN), b"x" * (3 << 20), 413, "serve.body"),
+        ("GET", "/health", {}, b"x", 413, "serve.body"),
+        ("POST", "/predict", bearer(ADMIN) | {"Content-Encoding": "gzip"}, b"x", 415, "serve.encoding"),
+        ("POST", "/predict", bearer(ADMIN) | {"Inference-Header-Content-Length": "1"}, b"x", 415, "serve.encoding"),
+        ("GET", "/v1/models", bearer(ADMIN) | {"X-1": "a" * 9_000, "X-2": "a" * 9_000}, None, 431, "serve.headers"),
+        ("GET", "/v1/models/topics", bearer(READER), None, 403, "serve.forbidden"),
+        ("POST", "/a/topics", bearer(READER), b'{"inputs": "a"}', 403, "serve.forbidden"),
+        ("PATCH", "/v1/adapters/topics", bearer(READER), b'{"pin": true}', 403, "serve.forbidden"),
+        ("PUT", "/v1/adapters/x", bearer(ADMIN) | {"Content-Type": "text/plain"}, b"x", 415, "serve.kind"),
+        ("POST", "/predict", bearer(ADMIN), b'{"inputs": "a"}', 400, "serve.request"),
+        ("POST", "/predict", bearer(ADMIN), b"{}", 422, "serve.request"),
+        ("GET", "/nowhere", bearer(ADMIN), None, 404, "serve.route"),
+        ("GET", "/predict", bearer(ADMIN), None, 405, "serve.method"),
+    ],
+)
+def test_a_refusal_has_a_code_and_a_mend(
+    guarded: Server, method: str, path: str, more: dict[str, str], body: bytes | None, status: int, code: str
+) -> None:
+    found, failure, _ = guarded.ask(method, path, raw=body, headers=more)
+    assert (found, failure["code"], bool(failure["mend"])) == (status, code, True), failure
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--host", "0.0.0.0"], "--tokens FILE"),

@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab.errors import RecipeError
+from trimtab.errors import RecipeError, TrimtabError
 
 _SHORTEST = 16
 _MAKE = 'python3 -c "import secrets; print(secrets.token_urlsafe())" makes one'
+
+
+class ForbiddenError(TrimtabError):
+    """What this caller, or anybody, may not do here."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from trimtab import __version__
 from trimtab.errors import ArtefactError, DataError, DivergedError, ResourceError, TrimtabError
-from trimtab.serving.access import Token
+from trimtab.serving.access import ForbiddenError, Token
 from trimtab.serving.engine import DeadlineError, OverloadedError, StoppingError
-from trimtab.serving.formats import Failure, Health, failures
+from trimtab.serving.formats import CODES, Failure, Health, failures
 from trimtab.serving.guard import Guard, Limits, State
 from trimtab.serving.listing import RefusedAdapterError, changing, known, listing
 from trimtab.serving.metrics import Metrics
@@ -194,6 +194,7 @@ def _pages(app: FastAPI) -> None:
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 _STATUS: tuple[tuple[type[Exception], int, str], ...] = (
+    (ForbiddenError, 403, "forbidden"),
     (UnknownAdapterError, 404, "not_found"),
     (GenerationError, 412, "validation"),
     (OverloadedError, 429, "overloaded"),
@@ -233,19 +234,24 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError | ValidationError)
-        return failed(422, "validation", _invalid(error).encode("utf-8", "replace").decode())
+        code, mend = CODES[400]
+        return failed(422, "validation", _invalid(error).encode("utf-8", "replace").decode(), code=code, mend=mend)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, StarletteHTTPException)
         kinds = {400: "empty" if error.detail == "There is no input." else "validation", 403: "forbidden"}
         kind = kinds.get(error.status_code, "not_found" if error.status_code == 404 else "validation")
-        return failed(error.status_code, kind, str(error.detail), headers=dict(error.headers or {}))
+        code, mend = CODES.get(error.status_code, CODES[400])
+        return failed(
+            error.status_code, kind, str(error.detail), code=code, mend=mend, headers=dict(error.headers or {})
+        )
 
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
 
     async def bug(request: Request, error: Exception) -> JSONResponse:
-        return failed(500, "backend", "This is our fault; the server's log says more.")
+        what = "This is our fault; the server's log says more."
+        return failed(500, "backend", what, code="serve.bug", mend="tell whoever runs this server")
 
     handlers: list[tuple[type[Exception], Callable[[Request, Exception], Awaitable[Response]]]] = [
         (TrimtabError, ours),

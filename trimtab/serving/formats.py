@@ -254,6 +254,16 @@ _WHEN = {
 }
 
 
+CODES: dict[int, tuple[str, str]] = {
+    400: ("serve.request", "/docs says what each route takes"),
+    403: ("serve.forbidden", "a token whose `adapters` include this one"),
+    404: ("serve.route", "/docs lists the routes"),
+    405: ("serve.method", "/docs lists the routes"),
+    415: ("serve.kind", "Content-Type: application/json"),
+}
+"""Code and mend of failures that bring none of their own, by status; others have those of 400."""
+
+
 def failures(*codes: int) -> dict[int | str, dict[str, Any]]:
     """Codes as a route documents them, each with the body that all failures have."""
     return {code: {"model": Failure, "description": _WHEN[code]} for code in codes}

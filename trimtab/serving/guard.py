@@ -68,7 +68,9 @@ class _Refusal:
     status: int
     kind: str
     """Of TEI's errors."""
+    code: str
     what: str
+    mend: str
     retry_after_s: int = 0
 
 
@@ -130,7 +132,9 @@ class Guard:
         except _GoneError:
             return  # half a request is none
         if body is None:
-            await self._refuse(send, refusal or _Refusal(413, "validation", f"The body has more than {most:,} bytes."))
+            what = f"The body has more than {most:,} bytes."
+            mend = "send it in several requests" if most else "send none here"
+            await self._refuse(send, refusal or _Refusal(413, "validation", "serve.body", what, mend))
             return
         scope.setdefault("state", {})["caller"] = caller
         await self.app(scope, _replay(body, receive), send)
@@ -140,13 +144,16 @@ class Guard:
     ) -> _Refusal | None:
         """Why a request is refused by its headers; None where it is not."""
         if caller is None:
-            return _Refusal(401, "unauthorized", "This needs a token: Authorization: Bearer TOKEN")
+            mend = "Authorization: Bearer TOKEN, with the one that you have from whoever runs this server"
+            return _Refusal(401, "unauthorized", "serve.token", "This needs a token: Authorization: Bearer TOKEN", mend)
         if self.state.is_draining and not is_public:
-            return _Refusal(503, "unhealthy", "The server stops; it takes no new requests.", retry_after_s=5)
+            what = "The server stops; it takes no new requests."
+            return _Refusal(503, "unhealthy", "serve.stopping", what, "ask again once it has started", retry_after_s=5)
         if sum(len(key) + len(value) for key, value in scope["headers"]) > self.limits.header_bytes:
-            return _Refusal(431, "validation", f"The headers have more than {self.limits.header_bytes:,} bytes.")
+            what = f"The headers have more than {self.limits.header_bytes:,} bytes."
+            return _Refusal(431, "validation", "serve.headers", what, "send fewer headers, or shorter ones")
         if reason := _unread(headers):
-            return _Refusal(415, "validation", reason)
+            return _Refusal(415, "validation", "serve.encoding", *reason)
         return None
 
     async def _body(self, headers: dict[bytes, str], receive: Receive, most: int) -> bytes | None:
@@ -171,7 +178,8 @@ class Guard:
     async def _refuse(self, send: Send, refusal: _Refusal) -> None:
         status, kind = refusal.status, refusal.kind
         self.state.failures[kind] = self.state.failures.get(kind, 0) + 1
-        body = json.dumps({"error": refusal.what, "error_type": kind, "code": "", "mend": ""}).encode()
+        said = {"error": refusal.what, "error_type": kind, "code": refusal.code, "mend": refusal.mend}
+        body = json.dumps(said).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
         headers += [(b"retry-after", str(refusal.retry_after_s).encode())] if refusal.retry_after_s else []
@@ -198,13 +206,13 @@ async def _read_away(headers: dict[bytes, str], receive: Receive) -> None:
         left -= len(piece)
 
 
-def _unread(headers: dict[bytes, str]) -> str:
-    """Why a body of this kind is not read; empty where it is. What is small and compressed may be large."""
+def _unread(headers: dict[bytes, str]) -> tuple[str, str] | None:
+    """Why a body of this kind is not read, and the mend. What is small and compressed may be large."""
     if headers.get(b"content-encoding", "identity").strip().lower() not in ("", "identity"):
-        return "Compressed bodies are not read here: leave Content-Encoding out."
+        return "Compressed bodies are not read here.", "leave Content-Encoding out"
     if b"inference-header-content-length" in headers:
-        return "Binary tensors are not read here: send them as JSON (binary_data=False)."
-    return ""
+        return "Binary tensors are not read here: send them as JSON (binary_data=False).", "binary_data=False"
+    return None
 
 
 def _secret(headers: dict[bytes, str]) -> str:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 from trimtab.errors import DataError, ResourceError, TrimtabError
 from trimtab.serving import uploads
-from trimtab.serving.access import Token
+from trimtab.serving.access import ForbiddenError, Token
 from trimtab.serving.formats import PatchAdapter, PutAdapter, failures
 from trimtab.serving.predicting import AdapterName
 from trimtab.serving.service import Service
@@ -22,7 +22,9 @@ from trimtab.serving.watch import Watch
 def known(store: Store, request: Request, adapter: str) -> Status:
     """What is known of an adapter that the caller may ask."""
     if not request.state.caller.may_ask(adapter):
-        raise HTTPException(403, "This token may not ask this adapter.")
+        raise ForbiddenError(
+            "serve.forbidden", "This token may not ask this adapter.", mend="one whose `adapters` include it"
+        )
     return store.status(adapter)
 
 
@@ -99,7 +101,11 @@ def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
     def allowed(request: Request, adapter: str) -> None:
         caller: Token = request.state.caller
         if not caller.admin or not caller.may_ask(adapter):
-            raise HTTPException(403, "This token may not change this adapter.")
+            raise ForbiddenError(
+                "serve.forbidden",
+                "This token may not change this adapter.",
+                mend="one with `admin = true` whose `adapters` include it",
+            )
 
     @app.put(
         "/v1/adapters/{adapter}",
