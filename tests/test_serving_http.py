@@ -381,7 +381,10 @@ def test_the_api_is_documented_and_its_page_needs_no_network(server: Server) -> 
 
 def test_admin_routes_are_off_unless_asked_for(server: Server) -> None:
     for method in ("PUT", "PATCH", "DELETE"):
-        assert server.ask(method, "/v1/adapters/reviews", {"pin": True})[0] == 405
+        for name in ("reviews", "nobody"):
+            status, failure, _ = server.ask(method, f"/v1/adapters/{name}", {"pin": True})
+            assert (status, failure["error_type"], failure["code"]) == (403, "forbidden", "serve.admin")
+            assert "--admin" in failure["mend"]
     assert server.ask("GET", "/v1/adapters/reviews")[0] == 200
 
 

@@ -21,7 +21,7 @@ from trimtab.serving.access import ForbiddenError, Token
 from trimtab.serving.engine import DeadlineError, OverloadedError, StoppingError
 from trimtab.serving.formats import CODES, Failure, Health, failures
 from trimtab.serving.guard import Guard, Limits, State
-from trimtab.serving.listing import RefusedAdapterError, changing, known, listing
+from trimtab.serving.listing import RefusedAdapterError, changing, known, listing, unchanging
 from trimtab.serving.metrics import Metrics
 from trimtab.serving.predicting import PAIR, AdapterName, Answers, ClientGoneError, kserve, tei, vllm
 from trimtab.serving.service import TOKENIZERS, Service
@@ -70,6 +70,8 @@ def build(service: Service, manners: Manners, state: State, watch: Watch | None)
     _pages(app)
     if manners.admin:
         changing(app, service, watch)
+    else:
+        unchanging(app)
     # Who can put nothing here has no use for the room of an upload.
     limits = manners.limits if manners.admin else replace(manners.limits, upload_bytes=manners.limits.body_bytes)
     app.add_middleware(Guard, tokens=manners.tokens, limits=limits, state=state)

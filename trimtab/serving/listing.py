@@ -93,6 +93,18 @@ def listing(app: FastAPI, service: Service) -> None:
         return JSONResponse({"name": status.name, "ready": ready}, 200 if ready else 503)
 
 
+def unchanging(app: FastAPI) -> None:
+    """The same routes of a server without --admin: a bare 405 would not say that they exist."""
+
+    @app.api_route("/v1/adapters/{adapter}", methods=["PUT", "PATCH", "DELETE"], include_in_schema=False)
+    async def refused(adapter: AdapterName) -> None:
+        raise ForbiddenError(
+            "serve.admin",
+            "This server was started without --admin: no adapter is changed by HTTP.",
+            mend="trimtab serve --admin, for whoever runs it; folders of --adapter-dir are followed without it",
+        )
+
+
 def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
     """Routes that change adapters."""
     store = service.store
