@@ -470,6 +470,34 @@ def test_strange_edges_of_parts(server: Server, made: Made, unharmed: None, edge
     assert server.ask("PUT", "/v1/adapters/new", raw=raw, headers={"Content-Type": kind})[0] in (400, 422)
 
 
+@pytest.mark.parametrize("charset", ["undefined", "idna", "unicode_escape", "utf-16", "latin-1", "no such", ""])
+def test_strange_codings_of_parts(server: Server, made: Made, unharmed: None, charset: str) -> None:
+    raw, kind = form(*sent_files(made.spare)), f"{PARTS['Content-Type']}; charset={charset}"
+    status, failure, _ = server.ask("PUT", "/v1/adapters/new", raw=raw, headers={"Content-Type": kind})
+    assert (status, failure["code"]) == (422, "serve.upload")
+    assert "charset" in failure["mend"]
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "UTF-8", '"utf8"'])
+def test_the_usual_coding_of_parts(server: Server, made: Made, unharmed: None, charset: str) -> None:
+    raw, kind = form(*sent_files(made.spare)), f"{PARTS['Content-Type']}; charset={charset}"
+    assert server.ask("PUT", "/v1/adapters/scratch", raw=raw, headers={"Content-Type": kind})[0] == 200
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="a process's limits can be changed on Linux alone")
+def test_an_upload_without_room_for_its_parts_is_507(server: Server, made: Made, unharmed: None) -> None:
+    process, before = psutil.Process(server.process.pid), files(directory(server).parent)
+    soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (500_000, hard))  # as if its disks were full
+    try:
+        raw = form(*sent_files(made.spare, **{"README.md": b"x" * (2 << 20)}))
+        status, failure, _ = server.ask("PUT", "/v1/adapters/new", raw=raw, headers=PARTS)
+    finally:
+        process.rlimit(psutil.RLIMIT_FSIZE, (soft, hard))
+    assert (status, failure["code"], "TMPDIR" in failure["mend"]) == (507, "serve.disk", True)
+    assert files(directory(server).parent) == before
+
+
 def test_uploads_while_others_ask(server: Server, made: Made) -> None:
     """An adapter comes, is replaced, refused and goes; who asks others sees their answers and nothing else."""
     before, over, found = about(said(server)), threading.Event(), list[bool]()

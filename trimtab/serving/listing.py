@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import JSONResponse
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData
 
 from trimtab.errors import DataError, ResourceError, TrimtabError
 from trimtab.serving import uploads
@@ -148,7 +150,7 @@ def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
             raise DataError("serve.directory", "This server has no --adapter-dir, so nothing can be added to it.")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
-            form = await request.form(max_files=16, max_fields=16)
+            form = await _form(request)
             said = PutAdapter.model_validate({key: form[key] for key in ("pin", "if_generation") if key in form})
             files = [one for one in form.getlist("files") if not isinstance(one, str)]
             if len(files) < len(form.getlist("files")) or set(form) - {"files", "pin", "if_generation"}:
@@ -191,6 +193,29 @@ def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
         remove = (watch or store).remove
         await asyncio.get_running_loop().run_in_executor(None, lambda: remove(adapter, if_generation=if_generation))
         return {"name": adapter, "deleted": True}
+
+
+async def _form(request: Request) -> FormData:
+    """The parts of an upload.
+
+    Raises:
+        DataError: their names are in another coding than UTF-8.
+        ResourceError: there is no room for them.
+    """
+    _, options = parse_options_header(request.headers["content-type"])
+    # Python knows codings that can only fail (undefined), and others that give half characters (unicode_escape).
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise DataError(
+            "serve.upload", "The parts of an upload are read as UTF-8.", mend="leave charset out of Content-Type"
+        )
+    try:
+        return await request.form(max_files=16, max_fields=16)
+    except OSError as error:  # a part of more than 1 MB goes through the temporary folder
+        raise ResourceError(
+            "serve.disk",
+            f"The upload cannot be kept: {error.strerror}.",
+            mend="make room in the server's temporary folder (TMPDIR)",
+        ) from None
 
 
 class RefusedAdapterError(Exception):
