@@ -420,6 +420,15 @@ def test_an_adapter_is_uploaded_replaced_pinned_and_removed(guarded: Server, mad
     assert guarded.ask("DELETE", "/v1/adapters/new", headers=admin)[0] == 200
     assert guarded.ask("POST", "/predict", {"inputs": "a", "model": "new"}, headers=admin)[0] == 404
 
+    told = lambda: [line.strip() for line in guarded.lines if line.startswith("new: ")]  # noqa: E731
+    for _ in range(100):
+        if len(told()) >= 4:
+            break
+        time.sleep(0.05)
+    first, second = (f"new: version {number}-[0-9a-f]{{12}} put here by everything" for number in (1, 2))
+    lines = "\n".join([first, second, "new: pinned by everything", "new: removed by everything"])
+    assert re.fullmatch(lines, "\n".join(told()))
+
 
 def test_a_bad_upload_is_refused_and_the_old_version_answers(
     guarded: Server, made: tuple[Path, dict[str, Any]], tmp_path: Path

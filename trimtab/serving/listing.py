@@ -108,9 +108,13 @@ def unchanging(app: FastAPI) -> None:
 
 
 def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
-    """Routes that change adapters."""
+    """Routes that change adapters. Whoever runs the server reads of each change, beside those that the watch finds."""
     store = service.store
     directory = watch.directory if watch else None
+
+    def note(request: Request, adapter: str, what: str) -> None:
+        if watch is not None:
+            watch._say(f"{adapter}: {what} by {request.state.caller.name}")
 
     def allowed(request: Request, adapter: str) -> None:
         caller: Token = request.state.caller
@@ -150,14 +154,7 @@ def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
             raise DataError("serve.directory", "This server has no --adapter-dir, so nothing can be added to it.")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
-            form = await _form(request)
-            said = PutAdapter.model_validate({key: form[key] for key in ("pin", "if_generation") if key in form})
-            files = [one for one in form.getlist("files") if not isinstance(one, str)]
-            if len(files) < len(form.getlist("files")) or set(form) - {"files", "pin", "if_generation"}:
-                raise DataError("serve.upload", "The parts of an upload are files, and the fields pin, if_generation.")
-            contents = {str(one.filename): await one.read() for one in files}
-            if len(contents) < len(files):
-                raise DataError("serve.upload", "Two files of the upload have the same name.")
+            said, contents = await _sent(await _form(request))
             change: Callable[[], object] = lambda: uploads.put(  # noqa: E731
                 store, directory, adapter, contents, if_generation=said.if_generation
             )
@@ -172,13 +169,17 @@ def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
         await asyncio.get_running_loop().run_in_executor(None, _as_admin, change)
         if said.pin is not None:
             store.pin(adapter, said.pin)
-        return store.status(adapter)
+        status = store.status(adapter)
+        note(request, adapter, f"version {status.version} put here")
+        return status
 
     @app.patch("/v1/adapters/{adapter}", tags=["admin"], summary="Pin or unpin", responses=failures(403, 404))
     async def patch(request: Request, adapter: AdapterName, body: PatchAdapter) -> Status:
         allowed(request, adapter)
         store.pin(adapter, body.pin)
-        return store.status(adapter)
+        status = store.status(adapter)
+        note(request, adapter, "pinned" if body.pin else "unpinned")
+        return status
 
     @app.delete(
         "/v1/adapters/{adapter}",
@@ -192,6 +193,7 @@ def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
         allowed(request, adapter)
         remove = (watch or store).remove
         await asyncio.get_running_loop().run_in_executor(None, lambda: remove(adapter, if_generation=if_generation))
+        note(request, adapter, "removed")
         return {"name": adapter, "deleted": True}
 
 
@@ -216,6 +218,18 @@ async def _form(request: Request) -> FormData:
             f"The upload cannot be kept: {error.strerror}.",
             mend="make room in the server's temporary folder (TMPDIR)",
         ) from None
+
+
+async def _sent(form: FormData) -> tuple[PutAdapter, dict[str, bytes]]:
+    """What an upload says, and the bytes of its files by their names."""
+    said = PutAdapter.model_validate({key: form[key] for key in ("pin", "if_generation") if key in form})
+    files = [one for one in form.getlist("files") if not isinstance(one, str)]
+    if len(files) < len(form.getlist("files")) or set(form) - {"files", "pin", "if_generation"}:
+        raise DataError("serve.upload", "The parts of an upload are files, and the fields pin, if_generation.")
+    contents = {str(one.filename): await one.read() for one in files}
+    if len(contents) < len(files):
+        raise DataError("serve.upload", "Two files of the upload have the same name.")
+    return said, contents
 
 
 class RefusedAdapterError(Exception):
