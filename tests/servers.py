@@ -34,6 +34,8 @@ class Server:
     process: "subprocess.Popen[str]"
     url: str
     lines: list[str]
+    """What it says, on either of its ways to say something; complete once it is stopped."""
+    reader: threading.Thread
 
     def ask(
         self,
@@ -62,23 +64,26 @@ class Server:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        code = self.process.wait(30)
+        self.reader.join(30)
+        return code
 
 
 def start(*arguments: str) -> Server:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "trimtab", "serve", "--port", "0", *arguments],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
-    stderr = process.stderr
-    assert stderr is not None
+    said = process.stdout
+    assert said is not None
     lines: list[str] = []
-    for line in stderr:
+    for line in said:
         lines.append(line)
         if found := re.match(r"ready +(http://\S+)", line):
-            threading.Thread(target=lines.extend, args=(stderr,), daemon=True).start()
-            return Server(process, found.group(1), lines)
+            reader = threading.Thread(target=lines.extend, args=(said,), daemon=True)
+            reader.start()
+            return Server(process, found.group(1), lines, reader)
     raise AssertionError("".join(lines))
 
 

@@ -63,6 +63,9 @@ class State:
             limit.reschedule(0.0)
 
 
+_LATER = "ask again once it has started"
+
+
 @dataclass(frozen=True)
 class _Refusal:
     status: int
@@ -108,7 +111,8 @@ class Guard:
                 raise
             self.state.unanswered += 1
             if not has_begun:
-                await self._refuse(sent, 503, "unhealthy", "The server stops before this was answered.", 5)
+                what = "The server stops before this was answered."
+                await self._refuse(sent, _Refusal(503, "unhealthy", "serve.stopping", what, _LATER, retry_after_s=5))
         finally:
             self.state.running.discard(limit)
 
@@ -148,7 +152,7 @@ class Guard:
             return _Refusal(401, "unauthorized", "serve.token", "This needs a token: Authorization: Bearer TOKEN", mend)
         if self.state.is_draining and not is_public:
             what = "The server stops; it takes no new requests."
-            return _Refusal(503, "unhealthy", "serve.stopping", what, "ask again once it has started", retry_after_s=5)
+            return _Refusal(503, "unhealthy", "serve.stopping", what, _LATER, retry_after_s=5)
         if sum(len(key) + len(value) for key, value in scope["headers"]) > self.limits.header_bytes:
             what = f"The headers have more than {self.limits.header_bytes:,} bytes."
             return _Refusal(431, "validation", "serve.headers", what, "send fewer headers, or shorter ones")
