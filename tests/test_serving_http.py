@@ -579,6 +579,18 @@ def test_what_cannot_be_served_ends_with_2(made: tuple[Path, dict[str, Any]], ar
     assert (done.returncode, said in done.stderr) == (2, True), done.stderr
 
 
+def test_an_adapter_whose_fault_is_no_text_spoils_no_list(
+    guarded: Server, made: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    admin = bearer(ADMIN)
+    shutil.copytree(made[0] / "spare", tmp_path / "evil")
+    (tmp_path / "evil" / "trimtab.json").write_text('{"schema_version": "\\ud800"}', "utf-8")
+    raw, kind = upload(tmp_path / "evil")
+    status, said, _ = guarded.ask("PUT", "/v1/adapters/evil", raw=raw, headers=kind | admin)
+    assert (status, said["code"]) == (422, "adapter.schema")
+    assert guarded.ask("GET", "/v1/adapters", headers=admin)[0] == 200
+
+
 # -- manners
 
 

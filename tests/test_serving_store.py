@@ -825,7 +825,8 @@ def test_what_killed_uploads_left_is_cleared_and_what_they_moved_aside_comes_bac
 
 def test_folders_come_change_and_go(store: Store, made: tuple[ServedBase, Path], directory: Path) -> None:
     said: list[str] = []
-    watch = Watch(store, directory, said.append)
+    store = Store(store.served, store.budget_bytes, said.append)
+    watch = Watch(store, directory)
     watch.first_look()
     assert store.names() == ["a", "b", "c", "d"]
     old = get(store, "a")
@@ -849,7 +850,7 @@ def test_folders_come_change_and_go(store: Store, made: tuple[ServedBase, Path],
 def test_a_bad_change_leaves_the_old_one_and_is_told_once(store: Store, directory: Path) -> None:
     said: list[str] = []
     store = Store(store.served, store.budget_bytes, said.append)
-    watch = Watch(store, directory, said.append)
+    watch = Watch(store, directory)
     watch.first_look()
     old = get(store, "a")
     time.sleep(0.01)
@@ -959,7 +960,7 @@ def test_a_replacement_that_had_no_room_is_tried_again_and_says_why(
 ) -> None:
     said: list[str] = []
     store = Store(made[0], 1 << 30, said.append)
-    watch = Watch(store, directory, said.append)
+    watch = Watch(store, directory)
     watch.first_look()
     old = store.hold("a").result(10)
     store.budget_bytes = old.bytes

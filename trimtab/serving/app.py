@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from trimtab import __version__
-from trimtab.errors import ArtefactError, DataError, DivergedError, ResourceError, TrimtabError
+from trimtab.errors import ArtefactError, DataError, DivergedError, ResourceError, TrimtabError, plain
 from trimtab.serving.access import ForbiddenError, Token
 from trimtab.serving.engine import DeadlineError, OverloadedError, StoppingError
 from trimtab.serving.formats import CODES, Failure, Health, failures
@@ -217,7 +217,9 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
         status: int, kind: str, error: str, *, code: str = "", mend: str = "", headers: dict[str, str] | None = None
     ) -> JSONResponse:
         metrics.failed(kind)
-        return JSONResponse(Failure(error=error, error_type=kind, code=code, mend=mend).model_dump(), status, headers)
+        # A stranger's adapter, or the caller, may have written a part of it.
+        said = Failure(error=plain(error, 1_000), error_type=kind, code=code, mend=plain(mend, 1_000))
+        return JSONResponse(said.model_dump(), status, headers)
 
     async def ours(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, TrimtabError)

@@ -103,7 +103,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             store.replace(name, folder)
         watch = None
         if directory is not None:
-            watch = Watch(store, directory, say)
+            watch = Watch(store, directory)
             watch.first_look()
             if options.watch_s:
                 watch.start(options.watch_s)

@@ -110,7 +110,7 @@ class Store:
         say: Callable[[str], None] = lambda line: None,
         loaders: int = 8,
     ) -> None:
-        self.served, self._say = served, say
+        self.served, self.say = served, say
         self.budget_bytes = budget_bytes
         self.counts = Counts()
         self.directory_lock = threading.Lock()
@@ -425,7 +425,7 @@ class Store:
                 entry.failed_stamp = before if isinstance(error, ArtefactError) else None
             self.counts.failures[error.code] = self.counts.failures.get(error.code, 0) + 1
         if not is_known:
-            self._say(f"{entry.name}: cannot be used; {error.what}")
+            self.say(f"{entry.name}: cannot be used; {error.what}")
 
     def _read_once(self, entry: _Entry, folder: Path) -> Resident:
         found = describe(self.served, folder)

@@ -6,7 +6,6 @@ whose name begins with a dot. A name that is served from elsewhere, by the comma
 """
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from trimtab.errors import ResourceError, TrimtabError
@@ -16,8 +15,8 @@ from trimtab.serving.store import Stamp, Store, UnknownAdapterError, folders, st
 class Watch:
     """Keeps a store like a directory."""
 
-    def __init__(self, store: Store, directory: Path, say: Callable[[str], None] = lambda line: None) -> None:
-        self.store, self.directory, self._say = store, directory, say
+    def __init__(self, store: Store, directory: Path) -> None:
+        self.store, self.directory = store, directory
         self._seen: dict[str, Stamp] = {}
         """What the folder of each name was like at the last look; empty: gone."""
         self._settled: dict[str, Stamp] = {}
@@ -71,10 +70,10 @@ class Watch:
         is_new = self.store.stamp_of(name) is None
         try:
             if not is_new and self.store.status(name).state == "resident":
-                self._say(f"{name}: replaced by {self.store.replace(name, folder).version}")
+                self.store.say(f"{name}: replaced by {self.store.replace(name, folder).version}")
             else:
                 self.store.register(name, folder)
-                self._say(f"{name}: {'added' if is_new else 'changed; read when it is asked for'}")
+                self.store.say(f"{name}: {'added' if is_new else 'changed; read when it is asked for'}")
         except TrimtabError as error:  # the store has said it
             return not isinstance(error, ResourceError)
         return True
@@ -82,7 +81,7 @@ class Watch:
     def _forget(self, name: str) -> None:
         try:
             self.store.remove(name)
-            self._say(f"{name}: removed")
+            self.store.say(f"{name}: removed")
         except UnknownAdapterError:
             pass  # by HTTP, before
 
@@ -94,7 +93,7 @@ class Watch:
                 try:
                     self.look()
                 except BaseException as error:  # what one look meets must not be the end of all looks
-                    self._say(f"the adapter directory could not be looked through: {error}")
+                    self.store.say(f"the adapter directory could not be looked through: {error}")
 
         self._thread = threading.Thread(target=run, name="watch", daemon=True)
         self._thread.start()
