@@ -45,5 +45,6 @@ clean:
 	$(BIN)/python -c 'import re; from importlib.metadata import version; \
 	    assert tuple(map(int, re.findall(r"\d+", version("torch"))[:2])) >= (2, 9)' 2>/dev/null \
 	    && grep -v '^torch==' constraints.txt > .venv/constraints.txt || cp constraints.txt .venv/constraints.txt
+	@echo "installing what constraints.txt names; takes a few minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[demo,dev,serve,tune]'
 	touch $@

@@ -25,6 +25,13 @@ def test_an_adapter_has_the_name_before_the_first_equals_sign_else_of_its_folder
         server._named([f"{tmp_path}/lr=0.1"])
 
 
+def test_a_directory_of_adapters_is_told_from_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "a").mkdir(parents=True)
+    (tmp_path / "adapters" / "a" / "trimtab.json").touch()
+    with pytest.raises(RecipeError, match="--adapter-dir"):
+        server._named([str(tmp_path / "adapters")])
+
+
 @pytest.mark.parametrize("said", ["lots", "9" * 400 + "GB", "1e3MB", "-1GB", ""])
 def test_a_size_that_is_none(said: str) -> None:
     with pytest.raises(RecipeError, match="no size"):

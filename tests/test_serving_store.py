@@ -942,6 +942,16 @@ def test_a_folder_that_was_put_under_another_name_is_watched_too(store: Store, d
     assert store.names() == ["b", "c", "d"]
 
 
+def test_a_link_in_the_directory_is_told_of_once(made: tuple[ServedBase, Path], directory: Path) -> None:
+    said: list[str] = []
+    watch = Watch(Store(made[0], 1 << 30, said.append), directory)
+    (directory / "run").symlink_to(made[1] / "a")
+    watch.first_look()
+    for _ in range(3):
+        watch.look()
+    assert said == ["run: is a link, and links are not followed; cp -rL makes a folder of it"]
+
+
 def test_a_name_stays_while_its_folder_is_exchanged(store: Store, directory: Path) -> None:
     watch = Watch(store, directory)
     watch.first_look()

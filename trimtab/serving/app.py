@@ -239,7 +239,7 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError | ValidationError)
         code, mend = CODES[400]
-        return failed(422, "validation", _invalid(error).encode("utf-8", "replace").decode(), code=code, mend=mend)
+        return failed(422, "validation", _invalid(request, error), code=code, mend=mend)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, StarletteHTTPException)
@@ -270,12 +270,16 @@ def _errors(app: FastAPI, metrics: Metrics) -> None:
         app.add_exception_handler(kind, handler)
 
 
-def _invalid(error: RequestValidationError | ValidationError) -> str:
+def _invalid(request: Request, error: RequestValidationError | ValidationError) -> str:
     """What the first fault of a body is, and where; without the body's words."""
     first = error.errors()[0]
     if first["loc"] == ("body",):
-        return "The body is no JSON object, or its Content-Type is not application/json."
-    if "inputs" in first["loc"] and first["loc"][2:3] != (0,):  # a tensor of KServe's says which part of it
+        kind = request.headers.get("content-type", "none")
+        is_json = kind.partition(";")[0].strip().lower() == "application/json"
+        return "The body is no JSON object." if is_json else f"Content-Type is {kind[:100]}, expected application/json."
+    if first["type"] == "json_invalid":
+        return f"The body is no JSON, from character {first['loc'][-1]} on."
+    if "inputs" in first["loc"] and not request.url.path.endswith("/infer"):
         return f'inputs: a text, ["a text"], or a batch [["first"], ["second"]]; {PAIR}.'
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -61,7 +61,11 @@ class Answers:
         if not texts:
             raise HTTPException(400, "There is no input.")
         if len(texts) > self.limits.texts:
-            raise DataError("serve.batch", f"{len(texts):,} texts; one request takes {self.limits.texts:,}.")
+            raise DataError(
+                "serve.batch",
+                f"{len(texts):,} texts; one request takes {self.limits.texts:,}.",
+                mend="several requests",
+            )
 
     async def __call__(
         self, request: Request, items: Sequence[Item], *, whole: bool = False
@@ -69,7 +73,11 @@ class Answers:
         """The answers of a request's texts; `whole`: texts that would be cut are refused."""
         self.check_number(items)
         if (size := sum(len(item.text) for item in items)) > self.limits.characters:
-            raise DataError("serve.text", f"{size:,} characters; one request takes {self.limits.characters:,}.")
+            raise DataError(
+                "serve.text",
+                f"{size:,} characters; one request takes {self.limits.characters:,}.",
+                mend="shorter texts",
+            )
         work = self.service.answer(items, timeout_s=_timeout_s(request), whole=whole)
         answers, times = await _while_connected(request, work)
         self.metrics.answered(answers, times)
@@ -119,7 +127,7 @@ async def _answered(answers: Sequence[Answer], times: Times, body: Callable[[], 
     return Response(made, headers=_headers(answers, times), media_type="application/json")
 
 
-_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _HEADER_BYTES = 2_000  # proxies take 4,096 for all headers together, some of them
 
 

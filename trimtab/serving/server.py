@@ -5,6 +5,7 @@ import gc
 import logging
 import multiprocessing
 import re
+import shlex
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -173,8 +174,21 @@ def _named(adapters: Sequence[str]) -> dict[str, Path]:
             raise RecipeError(
                 "serve.name", f'Two adapters are called "{name}".', where=said, mend=f"a name for each: {name}-2={path}"
             )
-        named[name] = adapter_in(path)
+        named[name] = _one_adapter(path)
     return named
+
+
+def _one_adapter(path: str) -> Path:
+    folder = Path(path)
+    is_one = any((folder / file).exists() for file in ("trimtab.json", "recipe.toml"))  # an adapter, or a run
+    if folder.is_dir() and not is_one and list(folder.glob("*/trimtab.json")):
+        raise RecipeError(
+            "serve.name",
+            "This is a directory of adapters, and no adapter.",
+            where=path,
+            mend=f"trimtab serve --adapter-dir {shlex.quote(path)}",
+        )
+    return adapter_in(path)
 
 
 def _directory(said: str) -> Path:

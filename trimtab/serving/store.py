@@ -527,6 +527,12 @@ def folders(directory: Path) -> Iterator[tuple[str, Path]]:
                 yield item.name, Path(item.path)
 
 
+def links(directory: Path) -> set[str]:
+    """What could be the name of an adapter in a directory, and is a link."""
+    with os.scandir(directory) as found:
+        return {item.name for item in found if item.is_symlink() and NAME.fullmatch(item.name)}
+
+
 def _unreadable(error: OSError, folder: Path) -> TrimtabError:
     where = str(error.filename or folder)
     if error.errno in untrusted.OF_THE_FILE:

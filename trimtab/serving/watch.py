@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from trimtab.errors import ResourceError, TrimtabError
-from trimtab.serving.store import Stamp, Store, UnknownAdapterError, folders, stamp
+from trimtab.serving.store import Stamp, Store, UnknownAdapterError, folders, links, stamp
 
 
 class Watch:
@@ -21,17 +21,21 @@ class Watch:
         """What the folder of each name was like at the last look; empty: gone."""
         self._settled: dict[str, Stamp] = {}
         """What it was like when it was taken over, refused, or forgotten by its name: asked no second time."""
+        self._links: set[str] = set()
+        """Those that were told of."""
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def first_look(self) -> None:
         """Registers every folder that is there."""
+        self._tell_of_links()
         for name, folder in sorted(folders(self.directory)):
             self._seen[name] = self._settled[name] = stamp(folder)
             self.store.register(name, folder)
 
     def look(self) -> None:
         """One look: what has settled since the last one is taken over."""
+        self._tell_of_links()
         # Folders by their own names, and those that were put under another.
         served, wanted = self.store.places(), dict(folders(self.directory))
         wanted |= {name: folder for name, folder in served.items() if folder.parent == self.directory}
@@ -43,6 +47,12 @@ class Watch:
                     self._look_at(name, folder)
         for name in self._seen.keys() - wanted.keys():  # forgotten by its name before its folder went
             self._let_go(name)
+
+    def _tell_of_links(self) -> None:
+        found = links(self.directory)
+        for name in sorted(found - self._links):
+            self.store.say(f"{name}: is a link, and links are not followed; cp -rL makes a folder of it")
+        self._links = found
 
     def _look_at(self, name: str, folder: Path) -> None:
         now = stamp(folder) if folder.is_dir() and not folder.is_symlink() else ()
