@@ -72,3 +72,65 @@ def test_who_asks_before_it_sends_is_refused_at_once(
 ) -> None:
     headers = [*headers, (b"expect", b"100-continue")]
     assert ask(headers, 0, is_draining=is_draining)[::2] == (status, 0)
+
+
+def test_giving_up_twice_answers_each_request_once() -> None:
+    async def slow_to_clear_up(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            await asyncio.sleep(0.05)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    said: list[Message] = []
+
+    async def send(message: Message) -> None:
+        said.append(message)
+
+    async def run() -> State:
+        state = State(is_ready=True)
+        stands = Guard(slow_to_clear_up, (), Limits(), state)
+        scope = {"type": "http", "method": "POST", "path": "/predict", "headers": []}
+        asked = asyncio.ensure_future(stands(scope, receive, send))
+        await asyncio.sleep(0.01)
+        for _ in range(3):
+            state.give_up()
+            await asyncio.sleep(0.01)
+        await asked
+        return state
+
+    state = asyncio.run(run())
+    assert (state.unanswered, state.running) == (1, set())
+    assert [message["status"] for message in said if message["type"] == "http.response.start"] == [503]
+
+
+def test_a_large_body_comes_in_pieces_between_which_others_have_their_turn() -> None:
+    body, turns = bytes(range(256)) * 1_024, 0
+
+    async def run() -> list[bytes]:
+        nonlocal turns
+
+        async def another() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        async def receive() -> Message:
+            return {"type": "http.disconnect"}
+
+        beside = asyncio.ensure_future(another())
+        replayed, pieces, more = guard._replay(body, receive), [], True
+        while more:
+            message = await replayed()
+            pieces.append(message["body"])
+            more = message["more_body"]
+        assert (await replayed())["type"] == "http.disconnect"
+        beside.cancel()
+        return pieces
+
+    pieces = asyncio.run(run())
+    assert b"".join(pieces) == body
+    assert turns >= len(pieces) == 4

@@ -60,7 +60,8 @@ class State:
     def give_up(self) -> None:
         """Ends the requests that are still under way, each with the answer that the server stops."""
         for limit in list(self.running):
-            limit.reschedule(0.0)
+            if not limit.expired():  # by an earlier call; it is being cleared up
+                limit.reschedule(0.0)
 
 
 _LATER = "ask again once it has started"
