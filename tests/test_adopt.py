@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
-from trimtab import adapter, cli
+from trimtab import adapter, cli, tokens
 from trimtab.adopt import Adopted, adopt
 from trimtab.config import RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError, RecipeError, ResourceError, TrimtabError
@@ -91,6 +91,10 @@ def our_answers(folder: Path, texts: list[str] = TEXTS) -> np.ndarray[Any, Any]:
     return classifier.logits(classifier.encode(texts))
 
 
+def served_base(folder: Path) -> serving.ServedBase:
+    return serving.load_base(find_base(str(folder)), tokens.from_base(folder), RuntimeSettings())
+
+
 def check_answers(found: Adopted, expected: np.ndarray[Any, Any]) -> None:
     answers = our_answers(found.folder)
     assert np.abs(answers - expected).max() < 1e-4
@@ -113,7 +117,7 @@ def test_an_adapter_of_peft_answers_as_before(places: dict[str, Path], tmp_path:
     assert found.max_length == 64
     assert found.difference < 1e-4
     assert found.is_served
-    read = serving.read(serving.load_base(find_base(str(places[kind])), RuntimeSettings()), found.folder)
+    read = serving.describe(served_base(places[kind]), found.folder)
     assert read.adapter.lora.variant == variant
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
 
@@ -130,7 +134,7 @@ def test_all_linear_of_peft_is_adopted_and_served(places: dict[str, Path], tmp_p
 
     check_answers(found, peft_answers(source, places[kind]))
     assert found.is_served
-    serving.read(serving.load_base(find_base(str(places[kind])), RuntimeSettings()), found.folder)
+    serving.describe(served_base(places[kind]), found.folder)
 
 
 def test_all_linear_over_a_base_that_brings_its_head(places: dict[str, Path], tmp_path: Path) -> None:
@@ -144,7 +148,7 @@ def test_all_linear_over_a_base_that_brings_its_head(places: dict[str, Path], tm
 
     check_answers(found, peft_answers(source, base))
     assert found.is_served
-    serving.read(serving.load_base(find_base(str(base)), RuntimeSettings()), found.folder)
+    serving.describe(served_base(base), found.folder)
 
 
 def test_lora_outside_the_layers_is_adopted_and_not_served(places: dict[str, Path], tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ def test_lora_outside_the_layers_is_adopted_and_not_served(places: dict[str, Pat
     check_answers(found, peft_answers(source, places["bert"]))
     assert not found.is_served
     with pytest.raises(ArtefactError, match=r"LoRA stands beside bert\.pooler\.dense"):
-        serving.read(serving.load_base(find_base(str(places["bert"])), RuntimeSettings()), found.folder)
+        serving.describe(served_base(places["bert"]), found.folder)
 
 
 def test_a_base_that_is_not_served_is_adopted_and_said_to_be_so(places: dict[str, Path], tmp_path: Path) -> None:
@@ -169,7 +173,7 @@ def test_a_base_that_is_not_served_is_adopted_and_said_to_be_so(places: dict[str
     check_answers(found, peft_answers(source, base))
     assert not found.is_served
     with pytest.raises(BaseModelError, match="relu"):
-        serving.load_base(find_base(str(base)), RuntimeSettings())
+        served_base(base)
 
 
 def test_a_pooler_that_was_trained_too_comes_along(places: dict[str, Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from trimtab.fast import mixed
 from trimtab.fast.encoder import LAYOUTS
 from trimtab.fast.mixed import Costs
 from trimtab.hub import find_base
-from trimtab.serving.base import Resident, ServedBase, load_base, place, read
+from trimtab.serving.base import Resident, ServedBase, describe, load_base, place
 from trimtab.serving.memory import Pieces
 
 TEXTS = [
@@ -57,7 +57,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Se
                 name: write_adapter(folder / name, folder / "base", seed=seed, labels=labels, **settings)
                 for seed, (name, (labels, settings)) in enumerate(ADAPTERS.items())
             }
-            base = load_base(find_base(str(folder / "base")), RuntimeSettings(threads=1))
+            found = find_base(str(folder / "base"))
+            base = load_base(found, tokens.from_base(found.folder), RuntimeSettings(threads=1))
             made[kind] = base, models, folder
         return made[kind]
 
@@ -65,13 +66,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Se
 
 
 def resident(base: ServedBase, folder: Path, pieces: Pieces | None = None) -> Resident:
-    found = read(base, folder)
-    return place(base, found, folder.name, (pieces or Pieces()).take(found.layout.bytes))
+    found = describe(base, folder)
+    return place(base, found, found.read_tensors(), folder.name, (pieces or Pieces()).take(found.layout.bytes))
 
 
 def mix(base: ServedBase, residents: list[Resident], texts: list[str], costs: Costs) -> list[torch.Tensor]:
     """Logits of texts, each by the adapter at its place."""
-    encoded = tokens.encode(texts, residents[0].tokenizer, MAX_LENGTH)
+    encoded = tokens.encode(texts, base.tokenizer, MAX_LENGTH)
     return mixed.logits(base.encoder, encoded.ids, encoded.offsets, [one.beside for one in residents], costs)
 
 
@@ -146,7 +147,7 @@ def test_an_adapter_takes_little_more_than_its_numbers(
     base, models, folder = served("bert")
     for name, model in models.items():
         numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        assert 4 * numbers <= read(base, folder / name).layout.bytes <= 4 * numbers + 128
+        assert 4 * numbers <= describe(base, folder / name).layout.bytes <= 4 * numbers + 128
 
 
 def test_bfloat16_is_near_float32(served: Callable[[str], tuple[ServedBase, dict[str, Any], Path]]) -> None:
@@ -168,7 +169,7 @@ def test_bfloat16_is_near_float32(served: Callable[[str], tuple[ServedBase, dict
 def test_a_base_of_another_family_is_refused(tmp_path: Path) -> None:
     write_base(tmp_path / "base", "albert")
     with pytest.raises(BaseModelError, match="albert"):
-        load_base(find_base(str(tmp_path / "base")), RuntimeSettings())
+        load_base(find_base(str(tmp_path / "base")), tokens.from_base(tmp_path / "base"), RuntimeSettings())
 
 
 def test_an_adapter_of_another_base_is_refused(
@@ -178,7 +179,7 @@ def test_an_adapter_of_another_base_is_refused(
     write_base(tmp_path / "base", "bert", seed=1)
     write_adapter(tmp_path / "adapter", tmp_path / "base")
     with pytest.raises(ArtefactError, match="weights are not the base's here"):
-        read(base, tmp_path / "adapter")
+        describe(base, tmp_path / "adapter")
 
 
 def test_what_small_products_cost_is_measured() -> None:

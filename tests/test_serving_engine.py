@@ -20,6 +20,7 @@ from trimtab.errors import ArtefactError, DataError, DivergedError
 from trimtab.fast import mixed
 from trimtab.hub import find_base
 from trimtab.serving import service as services
+from trimtab.serving import store as stores
 from trimtab.serving.base import Resident, ServedBase, describe, load_base, place
 from trimtab.serving.engine import DeadlineError, Engine, Limits, OverloadedError, StoppingError
 from trimtab.serving.memory import Pieces
@@ -200,7 +201,7 @@ def test_texts_whose_tokens_are_being_made_fill_the_queue_too(
         first = asyncio.ensure_future(service.answer([Item("a", "film " * 8)]))
         while not began.is_set():
             await asyncio.sleep(0.01)
-        with pytest.raises(OverloadedError, match="40 characters wait"):
+        with pytest.raises(OverloadedError, match="40 characters wait which"):
             await service.answer([Item("a", "film " * 3)])
         with pytest.raises(OverloadedError):
             await service.answer([Item("b", "film " * 13)])
@@ -212,6 +213,29 @@ def test_texts_whose_tokens_are_being_made_fill_the_queue_too(
         go.set()
         assert len((await second)[0]) == 1
         assert len((await service.answer([Item("a", "film " * 3)]))[0]) == 1
+
+    asyncio.run(ask())
+
+
+def test_who_waits_for_a_slow_disk_leaves_room_for_those_who_do_not(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held.go.set()
+    go, describe = threading.Event(), stores.describe
+    store = Store(made[0], 1 << 30)
+    store.replace("a", made[0].base.folder.parent / "a")
+    monkeypatch.setattr(stores, "describe", lambda *all_: (go.wait(10), describe(*all_))[1])
+    store.register("b", made[0].base.folder.parent / "b")
+    service = Service(store, start(queue_s=100 / 600_000))  # room for 100 characters, and 50 of one adapter's
+
+    async def ask() -> None:
+        slow = asyncio.ensure_future(service.answer([Item("b", "film " * 10)]))
+        await asyncio.sleep(0.05)
+        with pytest.raises(OverloadedError, match="being read"):
+            await service.answer([Item("b", "film " * 10)])
+        assert len((await service.answer([Item("a", "film " * 10)]))[0]) == 1
+        go.set()
+        assert len((await slow)[0]) == 1
 
     asyncio.run(ask())
 
@@ -250,7 +274,7 @@ def test_an_answer_of_too_many_scores_is_refused_before_it_is_computed(
     with pytest.raises(DataError, match="6 scores"):
         asyncio.run(service.answer([Item("a", "film")] * 3))
     assert sum(map(len, held.batches)) == 2
-    assert not service._characters
+    assert not service._unencoded._waiting
 
 
 def test_a_speed_that_is_known_stays_so_beside_small_batches(

@@ -579,6 +579,23 @@ def test_what_cannot_be_served_ends_with_2(made: tuple[Path, dict[str, Any]], ar
     assert (done.returncode, said in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("kind", "raw", "said"),
+    [
+        ("application/json", b'{"inputs": "a-private-text"', "The body is no JSON, from character 27 on."),
+        ("application/json", b'["a-private-text"]', "The body is no JSON object."),
+        ("text/plain", b'{"inputs": "a-private-text"}', "Content-Type is text/plain, expected application/json."),
+    ],
+)
+def test_a_body_that_cannot_be_read_says_which_fault_it_has(guarded: Server, kind: str, raw: bytes, said: str) -> None:
+    headers = bearer(ADMIN) | {"Content-Type": kind}
+    status, found, _ = guarded.ask("POST", "/predict", raw=raw, headers=headers)
+    assert (status, found["error"]) == (422, said)
+    status, found, _ = guarded.ask("PUT", "/v1/adapters/reviews", raw=raw, headers=headers)
+    assert status in (415, 422)
+    assert "private" not in "".join(guarded.lines)
+
+
 def test_an_adapter_whose_fault_is_no_text_spoils_no_list(
     guarded: Server, made: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -677,7 +694,8 @@ def stopped_under_load(made: tuple[Path, dict[str, Any]], *options: str) -> tupl
             except (OSError, http.client.HTTPException) as error:
                 found.append((begun, 0, error))
                 return
-            assert (status == 200) or headers["connection"] == "close"
+            if status == 503 and "close" not in headers["connection"]:
+                said = {"error": "it keeps the connection"}
             found.append((begun, status, said))
 
     threads = [threading.Thread(target=call) for _ in range(6)]
@@ -695,6 +713,9 @@ def test_sigterm_finishes_what_was_accepted_and_ends_with_0(made: tuple[Path, di
     server, found = stopped_under_load(made)
     assert {status for begun, status, _ in found if begun < -0.1} == {200}
     assert {status for _, status, _ in found} <= {200, 503, 0}
+    assert {said["error"] for _, status, said in found if status == 503} <= {
+        "The server stops; it takes no new requests."
+    }
     assert "stopped; all that was accepted has been answered\n" in server.lines
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import uvicorn
+from adapters import write_adapter
+from bases import write_base
 
-from trimtab.errors import RecipeError
+from trimtab.errors import ArtefactError, RecipeError, ResourceError
 from trimtab.serving import server
 from trimtab.serving.guard import State
 
@@ -23,6 +25,22 @@ def test_an_adapter_has_the_name_before_the_first_equals_sign_else_of_its_folder
     assert {name: path.name for name, path in named.items()} == {"a": "lr=0.1", "reviews": "reviews", "run": "adapter"}
     with pytest.raises(RecipeError, match=r"lr=0\.1.*cannot be the name"):
         server._named([f"{tmp_path}/lr=0.1"])
+
+
+def test_a_port_is_taken_once(tmp_path: Path) -> None:
+    with server._listen("127.0.0.1", 0) as first, pytest.raises(ResourceError, match="listen"):
+        server._listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_a_base_within_the_directory_is_nobodys(tmp_path: Path) -> None:
+    """Whoever may put folders there would choose the base and the tokenizer of all."""
+    directory = tmp_path.resolve() / "adapters"
+    write_base(directory / "a" / "base", "bert")
+    write_adapter(directory / "a" / "adapter", directory / "a" / "base")
+    (directory / "a" / "adapter").rename(directory / "b")
+    with pytest.raises(ArtefactError, match="within the directory"):
+        server._base(None, {}, directory)
+    assert server._base(None, {"b": directory / "b"}, directory).folder == directory / "a" / "base"
 
 
 def test_a_directory_of_adapters_is_told_from_an_adapter(tmp_path: Path) -> None:

@@ -625,7 +625,7 @@ def test_one_adapter_takes_an_eighth_of_the_memory_at_most(
     size = bases.describe(made[0], directory / "a").layout.bytes
     monkeypatch.setattr(stores, "_LARGE", 0)
     assert Store(made[0], 8 * size).replace("a", directory / "a")
-    with pytest.raises(ResourceError, match="an eighth"):
+    with pytest.raises(ArtefactError, match="an eighth"):
         Store(made[0], 8 * size - 8).replace("a", directory / "a")
 
 
@@ -815,7 +815,11 @@ def test_what_killed_uploads_left_is_cleared_and_what_they_moved_aside_comes_bac
     (directory / "a").rename(directory / f".trimtab-old-{mark}-a")
     shutil.copytree(directory / "b", directory / f".trimtab-old-{mark}-b")
     shutil.copytree(directory / "b", directory / f".trimtab-new-{mark}")
+    shutil.copytree(directory / "b", directory / ".trimtab-new-another-servers")
+    for left in directory.glob(f".trimtab-*{mark}*"):
+        os.utime(left, (0, 0))
     uploads.tidy(directory)
+    shutil.rmtree(directory / ".trimtab-new-another-servers")
     assert sorted(path.name for path in directory.iterdir()) == ["a", "b", "c", "d"]
     assert files_of(directory / "a") == kept
 

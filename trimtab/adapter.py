@@ -196,13 +196,12 @@ def read(folder: Path, shared: Tokenizer | None = None) -> Adapter:
         if not 0 <= int(preprocessing["pad_id"]) < 1 << 31:
             raise ValueError(f"pad_id {preprocessing['pad_id']} cannot be")
         pad_id, trained_with = int(preprocessing["pad_id"]), str(preprocessing["tokenizer_sha256"])
-        most = 2 * len(shared.json.encode()) if shared else None
         is_shared = shared is not None and (shared.sha256, shared.pad_id) == (trained_with, pad_id)
         adapter = Adapter(
             folder=folder,
             labels=Labels(values, names),
             max_length=int(preprocessing["max_length"]),
-            tokenizer=shared if shared and is_shared else tokens.load(folder, pad_id, trained_with, most),
+            tokenizer=shared if shared and is_shared else tokens.load(folder, pad_id, trained_with, shared),
             base={key: str(meta["base"][key]) for key in ("name", "hub_id", "weights_sha256", "tokenizer_sha256")},
             lora=described_lora(config),
             head=_modules("head", meta["head"]),

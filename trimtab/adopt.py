@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from trimtab import adapter, hub, tokens, untrusted
 from trimtab.adapter import PROBES, described_lora, probe
-from trimtab.classification import Labels, softmax
+from trimtab.classification import LONGEST_SERVED_LABEL, Labels, softmax
 from trimtab.config import LoraSettings, RuntimeSettings, read_names
 from trimtab.device import place
 from trimtab.errors import ArtefactError, BaseModelError, RecipeError, ResourceError, did_you_mean, some
@@ -68,7 +68,7 @@ class Adopted:
     answers: tuple[tuple[str, int, float], ...]
     """Probe sentences, the label of each and its score: whether the labels are in their order is seen by these."""
     is_served: bool
-    """Whether `trimtab serve` takes it: its base is of the BERT family, and LoRA stands inside its layers."""
+    """Whether `trimtab serve` takes it: a base of the BERT family with its own tokenizer, LoRA inside its layers."""
 
 
 def adopt(
@@ -171,7 +171,7 @@ def adopt(
         tokenizer_from=tokenizer_from,
         difference=difference,
         answers=_answers(alone),
-        is_served=_is_served(found_base, lora),
+        is_served=_is_served(found_base, lora, labels, tokenizer, tokenizer_from),
     )
 
 
@@ -576,8 +576,15 @@ def _read_tensors(
         ) from None
 
 
-def _is_served(base: Base, lora: LoraSettings) -> bool:
-    """Whether serving's own functions take base and targets. The files are mapped, not read a second time."""
+def _is_served(base: Base, lora: LoraSettings, labels: Labels, tokenizer: Tokenizer, tokenizer_from: Path) -> bool:
+    """Whether serving's own functions take base and targets, and it is the base's tokenizer; labels of usual length.
+
+    The files are mapped, not read a second time.
+    """
+    if max(map(len, labels.values)) > LONGEST_SERVED_LABEL:
+        return False
+    if tokenizer_from != base.folder and not tokenizer.is_like(tokens.from_base(base.folder)):
+        return False
     try:
         config = json.loads((base.folder / "config.json").read_bytes())
         tensors = adapter.base_tensors(base)

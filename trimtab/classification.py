@@ -18,6 +18,10 @@ from trimtab.tokens import Encoded
 LANGUAGES = ("zh", "en")
 
 
+LONGEST_SERVED_LABEL = 200
+"""Characters: a server's answers repeat a label for each text."""
+
+
 @dataclass(frozen=True)
 class Labels:
     """The labels in their fixed order; index i is the model's logit i."""

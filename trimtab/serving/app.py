@@ -275,10 +275,11 @@ def _invalid(request: Request, error: RequestValidationError | ValidationError) 
     first = error.errors()[0]
     if first["loc"] == ("body",):
         kind = request.headers.get("content-type", "none")
-        is_json = kind.partition(";")[0].strip().lower() == "application/json"
-        return "The body is no JSON object." if is_json else f"Content-Type is {kind[:100]}, expected application/json."
+        was_read = not isinstance(first["input"], bytes)  # as JSON, which its type declares
+        return "The body is no JSON object." if was_read else f"Content-Type is {kind}, expected application/json."
     if first["type"] == "json_invalid":
-        return f"The body is no JSON, from character {first['loc'][-1]} on."
+        where = f", from character {first['loc'][-1]} on" if first["loc"] else ""
+        return f"The body is no JSON{where}."
     if "inputs" in first["loc"] and not request.url.path.endswith("/infer"):
         return f'inputs: a text, ["a text"], or a batch [["first"], ["second"]]; {PAIR}.'
     where = ".".join(str(part) for part in first["loc"] if part != "body")

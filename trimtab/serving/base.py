@@ -13,7 +13,7 @@ from torch import Tensor
 from trimtab import adapter as adapter_folder
 from trimtab import untrusted
 from trimtab.adapter import Adapter
-from trimtab.classification import Labels
+from trimtab.classification import LONGEST_SERVED_LABEL, Labels
 from trimtab.config import RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError
 from trimtab.fast import encoder as encoders
@@ -24,7 +24,6 @@ from trimtab.forward import fast_dtype
 from trimtab.hub import Base
 from trimtab.tokens import Tokenizer
 
-_LABEL = 200  # characters
 _AGAIN = "copy the whole adapter folder again"
 
 
@@ -192,10 +191,10 @@ def describe(served: ServedBase, folder: Path) -> Described:
 
 def _check(served: ServedBase, adapter: Adapter, modules: Mapping[tuple[int, int], str], folder: Path) -> None:
     """What a description claims, against what the base has, before a tensor is read."""
-    if (longest := max(map(len, adapter.labels.values))) > _LABEL:
+    if (longest := max(map(len, adapter.labels.values))) > LONGEST_SERVED_LABEL:
         raise ArtefactError(
             "serve.label",
-            f"A label has {longest:,} characters; at most {_LABEL} are served, for each answer repeats them.",
+            f"A label has {longest:,} characters; at most {LONGEST_SERVED_LABEL} are served.",
             where=str(folder),
             mend="shorter labels; --names gives them longer names for people",
         )

@@ -172,7 +172,7 @@ class Engine:
                 raise ArtefactError(
                     "adapter.tokens",
                     f'"{resident.name}" makes a token {int(ids.max()):,}, and the base has {vocabulary:,} vectors.',
-                    mend="this adapter's tokenizer does not belong to this base",
+                    mend="the base's tokenizer does not belong to its weights: --base with the whole folder",
                 )
         tokens = sum(len(ids) for ids, _ in rows)
         shares: dict[str, int] = {}

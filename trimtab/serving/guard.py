@@ -188,7 +188,7 @@ class Guard:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
         headers += [(b"retry-after", str(refusal.retry_after_s).encode())] if refusal.retry_after_s else []
-        headers += [(b"connection", b"close")] if status in (413, 415) else []  # the rest is perhaps not read
+        headers += [(b"connection", b"close")]  # its body, or the rest of it, is perhaps not read
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 

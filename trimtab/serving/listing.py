@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Annotated, Any
@@ -117,8 +116,6 @@ def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
     store = service.store
     directory = watch.directory if watch else None
 
-    changes = ThreadPoolExecutor(2, thread_name_prefix="change")  # not those that answer: a change may wait long
-
     def note(request: Request, adapter: str, what: str) -> None:
         store.say(f"{adapter}: {what} by {request.state.caller.name}")
 
@@ -172,7 +169,7 @@ def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
             change = lambda: store.replace(  # noqa: E731
                 adapter, uploads.inside(directory, said.folder or adapter), if_generation=said.if_generation
             )
-        await asyncio.get_running_loop().run_in_executor(changes, _as_admin, change)
+        await asyncio.get_running_loop().run_in_executor(service.changes, _as_admin, change)
         if said.pin is not None:
             store.pin(adapter, said.pin)
         status = store.status(adapter)
@@ -198,7 +195,9 @@ def changing(app: FastAPI, service: Service, watch: Watch | None) -> None:
     ) -> dict[str, Any]:
         allowed(request, adapter)
         remove = (watch or store).remove
-        await asyncio.get_running_loop().run_in_executor(changes, lambda: remove(adapter, if_generation=if_generation))
+        await asyncio.get_running_loop().run_in_executor(
+            service.changes, lambda: remove(adapter, if_generation=if_generation)
+        )
         note(request, adapter, "removed")
         return {"name": adapter, "deleted": True}
 

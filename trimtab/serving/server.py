@@ -23,7 +23,7 @@ from trimtab import adapter as adapter_folder
 from trimtab import tokens
 from trimtab.config import RuntimeSettings
 from trimtab.device import place
-from trimtab.errors import ArtefactError, RecipeError, ResourceError, TrimtabError, some
+from trimtab.errors import ArtefactError, BaseModelError, RecipeError, ResourceError, TrimtabError, some
 from trimtab.hub import Base, find_base
 from trimtab.machine import available_memory
 from trimtab.rundir import adapter_in
@@ -90,10 +90,10 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             where=str(directory / both[0]),
             mend=f"another name: {both[0]}-2={named[both[0]]}",
         )
-    if directory is not None and options.admin:
-        uploads.tidy(directory)
-    listening = _bind(options.host, options.port)
+    listening = _listen(options.host, options.port)
     try:
+        if directory is not None:
+            uploads.tidy(directory)
         placement = place(options.runtime)
         base = _base(options.base, named, directory)
         served = load_base(base, _tokenizer(base), options.runtime)
@@ -215,8 +215,12 @@ def _base(said: str | None, named: dict[str, Path], directory: Path | None) -> B
     problems: list[TrimtabError] = []
     for folder in places:
         try:
-            # What lies in a directory may be a stranger's: it makes nothing come from a hub.
-            return adapter_folder.locate_base(adapter_folder.read(folder), ask_hub=folder in named.values())
+            is_named = folder in named.values()
+            # What lies in the directory may be a stranger's: it makes nothing come from a hub, and brings no base.
+            base = adapter_folder.locate_base(adapter_folder.read(folder), ask_hub=is_named)
+            if is_named or directory is None or not base.folder.is_relative_to(directory):
+                return base
+            problems.append(BaseModelError("serve.base", "It names a base within the directory.", mend="--base BASE"))
         except TrimtabError as error:
             if folder in named.values():
                 raise
@@ -252,13 +256,14 @@ def _bytes(said: str | None) -> int:
     return int(float(found.group(1)) * {"K": 1e3, "M": 1e6, "G": 1e9}[found.group(2).upper()])
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the port before the base is read: one that is in use should not cost a minute."""
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens before the base is read: a port in use should not cost a minute."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
         raise ResourceError(
             "serve.port",
@@ -288,7 +293,7 @@ def _config(app: Any, options: Options) -> uvicorn.Config:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_LAST_S,  # for clients that are slow to take their answers
         h11_max_incomplete_event_size=options.limits.header_bytes,
-        backlog=1_024,
+        backlog=_BACKLOG,
         limit_concurrency=_connections(),
     )
 
@@ -306,6 +311,7 @@ def _connections() -> int:
     return max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _FILES, 16)
 
 
+_BACKLOG = 1_024
 _FILES = 200  # for adapters, libraries and sockets that wait
 
 
@@ -369,10 +375,12 @@ class _Protocol(H11Protocol):
         """A connection that says nothing is closed too."""
         super().connection_made(transport)
         self._waiting: asyncio.TimerHandle | None = None
+        self._taking: asyncio.TimerHandle | None = None
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a request."""
+        """Bytes of a request. Who asks again has taken the answers before."""
+        self._stop_taking()
         super().data_received(data)
         self._arm()
 
@@ -386,7 +394,7 @@ class _Protocol(H11Protocol):
         """A next request may have begun to arrive before the last was answered."""
         super().on_response_complete()
         if self.transport.get_write_buffer_size():
-            self.loop.call_later(_TAKING_S, self._unless_taken)
+            self._taking = self.loop.call_later(_TAKING_S, self._unless_taken)
         if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
             self._arm()
 
@@ -398,7 +406,13 @@ class _Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
         self._stop_waiting()
+        self._stop_taking()
         super().connection_lost(exc)
+
+    def _stop_taking(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
 
     def _wait(self) -> None:
         if self._waiting is None:

@@ -4,8 +4,9 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,9 +60,10 @@ class Service:
     def __init__(self, store: Store, engine: Engine) -> None:
         self.store, self.engine = store, engine
         self._tokenizing = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="tokenize")
-        self._characters: Counter[str] = Counter()
-        """Of each adapter's texts that are not tokens yet."""
-        self._counting = threading.Lock()
+        self.changes = ThreadPoolExecutor(2, thread_name_prefix="change")
+        """Not of those that answer: a change of adapters may wait long."""
+        self._unread = _Room("whose adapters are being read")
+        self._unencoded = _Room("which become tokens")
 
     async def answer(
         self, items: Sequence[Item], *, timeout_s: float = float("inf"), whole: bool = False
@@ -86,18 +88,18 @@ class Service:
                 mend="write this text again",
             )
         self.engine.check_full()
-        let_in = self._let_in(items)
-        encoding: Future[list[_Encoded]] | None = None
         waiting: dict[str, Future[Resident]] = {}
         try:
             async with asyncio.timeout(None if timeout_s == float("inf") else timeout_s):
                 for name in dict.fromkeys(item.adapter for item in items):
                     waiting[name] = self.store.hold(name)
-                held = {name: await asyncio.wrap_future(one) for name, one in waiting.items()}
+                if not all(one.done() for one in waiting.values()):
+                    with self._unread.holding(items, self._most_characters()):
+                        await asyncio.gather(*map(asyncio.wrap_future, waiting.values()), return_exceptions=True)
+                held = {name: one.result() for name, one in waiting.items()}
                 _check_scores(items, held)
                 loaded = time.monotonic()
-                encoding = self._tokenizing.submit(self._encode, items, held)
-                encoded = await asyncio.wrap_future(encoding)
+                encoded = await asyncio.wrap_future(self._encoding(items, held))
                 tokenized = time.monotonic()
                 if whole and (cut := next((i for i, one in enumerate(encoded) if one.truncated), None)) is not None:
                     longest = held[items[cut].adapter].max_length
@@ -113,10 +115,6 @@ class Service:
         finally:
             for one in waiting.values():  # also of one that is handed over in the moment in which its caller goes
                 one.add_done_callback(self._let_go)
-            if encoding is None:
-                self._let_out(let_in)
-            else:  # its thread works on where nobody waits for it any more
-                encoding.add_done_callback(lambda _: self._let_out(let_in))
         end = time.monotonic()
         answers = [
             Answer(prediction, row, held[item.adapter], len(one.ids))
@@ -128,29 +126,18 @@ class Service:
         if not handed_over.cancelled() and handed_over.exception() is None:
             self.store.release(handed_over.result())
 
-    def _let_in(self, items: Sequence[Item]) -> Counter[str]:
-        """Counts characters until they are tokens; refused where those before them take the time that a queue may."""
-        mine = Counter[str]()
-        for item in items:
-            mine[item.adapter] += len(item.text)
+    def _most_characters(self) -> tuple[float, float]:
+        """Of all texts that wait, and of one adapter's: what becomes tokens in the time that the queue may take."""
         limits = self.engine.limits
         most = limits.queue_s * TOKENIZERS * _CHARACTERS_PER_S
-        share = limits.adapter_share * most if len(self.store) > 1 else most
-        with self._counting:
-            waiting = self._characters
-            if (waiting and waiting.total() + mine.total() > most) or any(
-                waiting[name] and waiting[name] + size > share for name, size in mine.items()
-            ):
-                raise OverloadedError(
-                    f"Texts of {waiting.total():,} characters wait to become tokens.",
-                    max(1.0, waiting.total() / (TOKENIZERS * _CHARACTERS_PER_S)),
-                )
-            waiting += mine
-        return mine
+        return most, limits.adapter_share * most if len(self.store) > 1 else most
 
-    def _let_out(self, mine: Counter[str]) -> None:
-        with self._counting:
-            self._characters -= mine
+    def _encoding(self, items: Sequence[Item], held: Mapping[str, Resident]) -> "Future[list[_Encoded]]":
+        """Tokens, soon. They take room until their thread is done, also where nobody waits for it any more."""
+        mine = self._unencoded.take(items, self._most_characters())
+        encoding = self._tokenizing.submit(self._encode, items, held)
+        encoding.add_done_callback(lambda _: self._unencoded.give_back(mine))
+        return encoding
 
     def _encode(self, items: Sequence[Item], held: Mapping[str, Resident]) -> "list[_Encoded]":
         """Tokens as each adapter was trained on them; texts that are cut at the same length go through together."""
@@ -170,15 +157,64 @@ class Service:
         """Finishes what was accepted, and leaves behind what is not done in time."""
         until = time.monotonic() + timeout_s
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self.changes.shutdown(wait=False, cancel_futures=True)
         self.engine.close(timeout_s)
         self.store.close(max(0.0, until - time.monotonic()))
+        # One between two renames, of an upload, must come to its end.
+        changing = threading.Thread(target=self.changes.shutdown, daemon=True)
+        changing.start()
+        changing.join(max(0.0, until - time.monotonic()))
 
 
-_SCORES = 500_000
+class _Room:
+    """Characters of texts that wait for something, by adapter."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._waiting = Counter[str]()
+        self._lock = threading.Lock()
+
+    def take(self, items: Sequence[Item], most: tuple[float, float]) -> Counter[str]:
+        """Counts texts until they are given back.
+
+        Raises:
+            OverloadedError: there is no room, in all or for one adapter; where nothing waits there always is.
+        """
+        mine = Counter[str]()
+        for item in items:
+            mine[item.adapter] += len(item.text)
+        with self._lock:
+            waiting = self._waiting
+            if (waiting and waiting.total() + mine.total() > most[0]) or any(
+                waiting[name] and waiting[name] + size > most[1] for name, size in mine.items()
+            ):
+                raise OverloadedError(
+                    f"Texts of {waiting.total():,} characters wait {self._what}.",
+                    max(1.0, waiting.total() / (TOKENIZERS * _CHARACTERS_PER_S)),
+                )
+            waiting += mine
+        return mine
+
+    def give_back(self, mine: Counter[str]) -> None:
+        """Ends a `take`."""
+        with self._lock:
+            self._waiting -= mine
+
+    @contextmanager
+    def holding(self, items: Sequence[Item], most: tuple[float, float]) -> Iterator[None]:
+        """Takes room for as long as it lasts."""
+        mine = self.take(items, most)
+        try:
+            yield
+        finally:
+            self.give_back(mine)
+
+
+_SCORES = 1_000_000
 
 
 def _check_scores(items: Sequence[Item], held: Mapping[str, Resident]) -> None:
-    """Refuses an answer of 40 MB or more before anything is computed for it."""
+    """Refuses an answer of 80 MB or more before anything is computed for it."""
     scores = sum(len(held[item.adapter].labels) for item in items)
     if scores > _SCORES and len(items) > 1:
         raise DataError(

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+from torch import Tensor
+
 from trimtab import untrusted
 from trimtab.errors import ArtefactError, ResourceError, TrimtabError, plain
 from trimtab.serving.base import Described, Resident, ServedBase, describe, place
@@ -186,6 +188,14 @@ class Store:
             self._over = max(self._over, entry.generation)
             del self._entries[name]
 
+    def check(self, folder: Path) -> None:
+        """Reads a folder as for a name, and lets it go again.
+
+        Raises:
+            TrimtabError: it cannot be served.
+        """
+        self._tensors(self._described(folder))
+
     @contextmanager
     def exchanging(self, name: str) -> Iterator[None]:
         """While a folder of a name is exchanged: its files are read by nobody but the caller."""
@@ -349,6 +359,9 @@ class Store:
         """Gives a version that has been read to one who waits, if nobody evicted it meanwhile; else asks again."""
         if not mine.set_running_or_notify_cancel():
             return
+        if found.cancelled():  # by `close`
+            mine.set_exception(ResourceError("serve.stopping", "The server stops."))
+            return
         if found.exception() is not None:
             mine.set_exception(_another(found.exception()))
             return
@@ -418,7 +431,7 @@ class Store:
 
     def _failed(self, entry: _Entry, folder: Path, before: Stamp, error: TrimtabError) -> None:
         with self._lock:
-            is_known = entry.failed is not None and entry.failed.what == error.what
+            is_known = entry.failed is not None and entry.failed.code == error.code
             if folder == entry.folder:  # that another folder is bad says nothing of its own files
                 entry.failed, entry.failed_at = _another(error), time.monotonic()
                 # That there was no room, or that the system refused something, says nothing of the files.
@@ -428,22 +441,11 @@ class Store:
             self.say(f"{entry.name}: cannot be used; {error.what}")
 
     def _read_once(self, entry: _Entry, folder: Path) -> Resident:
-        found = describe(self.served, folder)
+        found = self._described(folder)
         size = found.layout.bytes
-        if size > (most := max(self.budget_bytes // 8, _LARGE)):
-            raise ResourceError(
-                "serve.memory",
-                f"This adapter takes {size:,} bytes; one takes at most {most:,}, an eighth of the memory for all.",
-                mend="a lower rank or fewer targets, or serve with more: --memory 4GB",
-            )
         with self._lock:
             self._going(entry, size)  # before a tensor is read
-        # Twice its size while it is read, beside the budget: one at a time where that is much.
-        with self._large if size > _LARGE else nullcontext():
-            return self._take_in(entry, found, size)
-
-    def _take_in(self, entry: _Entry, found: Described, size: int) -> Resident:
-        tensors = found.read_tensors()
+        tensors = self._tensors(found)
         with self._lock:
             for one in self._going(entry, size):
                 self._drop(one)
@@ -457,6 +459,28 @@ class Store:
                 self._bytes -= size
             self._pieces.give_back(piece)
             raise
+
+    def _described(self, folder: Path) -> Described:
+        found = describe(self.served, folder)
+        if found.layout.bytes > (most := max(self.budget_bytes // 8, _LARGE)):
+            raise ArtefactError(
+                "serve.too_large",
+                f"This adapter takes {found.layout.bytes:,} bytes; one takes at most {most:,}: an eighth of the memory "
+                f"for all, or {_LARGE:,}.",
+                mend="a lower rank or fewer targets, or serve with more: --memory 4GB",
+            )
+        return found
+
+    def _tensors(self, found: Described) -> dict[str, Tensor]:
+        """Twice their size while they are read, beside the budget: one at a time where that is much."""
+        if found.layout.bytes <= _LARGE:
+            return found.read_tensors()
+        if not self._large.acquire(blocking=False):  # and not wait, in a thread that others need
+            raise ResourceError("serve.busy", "Another large adapter is being read.", mend="try again")
+        try:
+            return found.read_tensors()
+        finally:
+            self._large.release()
 
     def _going(self, entry: _Entry, size: int) -> list[_Entry]:
         """Whose versions make room within the budget: the least recently used, at last the entry's own if it is pinned.

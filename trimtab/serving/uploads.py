@@ -2,14 +2,15 @@
 
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trimtab import durable
 from trimtab.errors import DataError, ResourceError, TrimtabError
-from trimtab.serving.base import Resident, describe
+from trimtab.serving.base import Resident
 from trimtab.serving.store import Store, check_name
 
 FILES = frozenset(
@@ -76,7 +77,7 @@ def put(
             raise ResourceError(
                 "serve.disk", f"The upload cannot be written: {error.strerror}.", mend="make room on the server"
             ) from None
-        describe(store.served, draft).read_tensors()
+        store.check(draft)
         with store.directory_lock, store.exchanging(name), _exchanged(draft, target, old):
             return store.replace(name, target, if_generation=if_generation)
     except OSError as error:
@@ -115,12 +116,17 @@ _NEW, _OLD = ".trimtab-new-", ".trimtab-old-"  # what folders begin with while a
 def tidy(directory: Path) -> None:
     """Clears what uploads left that were under way when a server was killed; before the directory is served.
 
-    A version that was moved aside, and whose successor did not take its place, comes back.
+    A version that was moved aside, and whose successor did not take its place, comes back. What is younger than an
+    hour may belong to another server of the same directory.
     """
     for left in sorted(directory.glob(".trimtab-*")):
         name = left.name.removeprefix(_OLD)[33:]  # behind the mark
         kept = directory / name
-        if left.name.startswith(_OLD) and name and not os.path.lexists(kept):
-            left.rename(kept)
-        elif left.name.startswith((_NEW, _OLD)):
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):  # gone, or not ours to change
+            if left.name.startswith(_OLD) and name and not os.path.lexists(kept):
+                left.rename(kept)
+            elif left.name.startswith((_NEW, _OLD)) and time.time() - left.stat().st_mtime > _LEFT_S:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+_LEFT_S = 3_600
