@@ -28,7 +28,7 @@ def test_parts_hold_every_row_once_and_differ_by_one_row_at_most(lengths: list[i
     sizes = np.array(lengths)
     parts = cores.cut(sizes)
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(lengths)))
-    assert len(parts) == (2 if len(lengths) > 1 and sum(lengths) >= 256 else 1)
+    assert len(parts) == (2 if len(lengths) > 1 and sum(lengths) >= 512 else 1)
     tokens = [int(sizes[part].sum()) for part in parts]
     assert max(tokens) - min(tokens) <= max(lengths) or len(parts) == 1
 

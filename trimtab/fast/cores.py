@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_LEAST_TOKENS = 256  # fewer, on two cores, are not worth reading the weights twice for
+_LEAST_TOKENS = 512  # fewer are not worth reading the weights twice for: 0.7 to 0.9 of the speed
 _T = TypeVar("_T")
 
 
