@@ -272,7 +272,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no peft config": (remove("adapter_config.json"), ("adapter_config.json",)),
     "newer schema": (
         edit_json("trimtab.json", lambda meta: meta.update(schema_version=adapter.SCHEMA_VERSION + 1)),
-        ("schema version 2", "trimtab.json", "upgrade"),
+        ("schema version 2", "trimtab.json", "newer trimtab"),
     ),
     "description cut": (truncate("trimtab.json"), ("trimtab.json is not JSON",)),
     "description a list": (overwrite("trimtab.json", b"[]"), ("trimtab.json",)),

@@ -62,6 +62,7 @@ def test_a_task_that_fails_ends_after_all_others() -> None:
 
 
 def test_ctrl_c_waits_for_the_parts() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     begun, done = threading.Event(), threading.Event()
 
     def slow() -> None:
@@ -75,8 +76,11 @@ def test_ctrl_c_waits_for_the_parts() -> None:
         assert main is not None
         signal.pthread_kill(main, signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        cores.run([slow, presses])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cores.run([slow, presses])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.is_set()
 
 
