@@ -5,6 +5,7 @@ import gc
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from adapters import write_adapter
 from bases import write_base
 
 from trimtab.errors import ArtefactError, RecipeError, ResourceError
-from trimtab.serving import server
+from trimtab.serving import predicting, server
 from trimtab.serving.guard import State
+from trimtab.serving.service import Times
 
 
 def test_an_adapter_has_the_name_before_the_first_equals_sign_else_of_its_folder(tmp_path: Path) -> None:
@@ -88,3 +90,17 @@ def test_what_is_in_memory_when_it_is_ready_is_never_collected_again() -> None:
         finally:
             gc.unfreeze()
     assert frozen[0] > 10_000
+
+
+def test_headers_that_proxies_would_refuse_are_left_out() -> None:
+    def answer(name: str) -> Any:
+        resident = SimpleNamespace(name=name, version=f"1-{name}")
+        return SimpleNamespace(resident=resident, tokens=3, prediction=SimpleNamespace(truncated=False, text="t"))
+
+    times = Times(0.1, 0.0, 0.1)
+    few = predicting._headers([answer(f"customer-{i:03}") for i in range(100)], times)
+    many = predicting._headers([answer(f"customer-{i:03}") for i in range(256)], times)
+    assert few["x-adapter"].count(",") == 99
+    assert "x-adapter" not in many
+    assert "x-adapter-version" not in many
+    assert many["x-compute-tokens"] == "768"

@@ -953,7 +953,7 @@ def test_a_link_in_the_directory_is_told_of_once(made: tuple[ServedBase, Path], 
     watch.first_look()
     for _ in range(3):
         watch.look()
-    assert said == ["run: is a link, and links are not followed; cp -rL makes a folder of it"]
+    assert said == ["run: is a link, and links are not followed; cp -rL LINK FOLDER makes a folder of it"]
 
 
 def test_a_name_stays_while_its_folder_is_exchanged(store: Store, directory: Path) -> None:

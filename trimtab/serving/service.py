@@ -103,7 +103,11 @@ class Service:
                 tokenized = time.monotonic()
                 if whole and (cut := next((i for i, one in enumerate(encoded) if one.truncated), None)) is not None:
                     longest = held[items[cut].adapter].max_length
-                    raise DataError("serve.truncated", f"Input {cut} is longer than {longest} tokens.")
+                    raise DataError(
+                        "serve.truncated",
+                        f"Input {cut} is longer than {longest} tokens.",
+                        mend="a shorter text; or leave truncate out, and it is cut",
+                    )
                 rows = [(one.ids, held[item.adapter]) for one, item in zip(encoded, items, strict=True)]
                 is_alone = len(self.store) == 1
                 computed = self.engine.submit(rows, deadline=begin + timeout_s, only_adapter=is_alone)
@@ -111,7 +115,9 @@ class Service:
             # 64 texts of 20,000 labels take a second.
             predictions = await asyncio.to_thread(_decode, items, held, logits, encoded)
         except TimeoutError:
-            raise DeadlineError("serve.deadline", f"No answer within the {timeout_s:g} s that were given.") from None
+            raise DeadlineError(
+                "serve.deadline", f"No answer within the {timeout_s:g} s that were given.", mend="give it more time"
+            ) from None
         finally:
             for one in waiting.values():  # also of one that is handed over in the moment in which its caller goes
                 one.add_done_callback(self._let_go)
@@ -241,7 +247,11 @@ def _decode(
         with np.errstate(over="ignore"):
             scaled = np.stack([logits[i] for i in rows]) / np.float32(resident.temperature)
         if not np.isfinite(scaled).all():
-            raise DivergedError("logits.not_finite", f'"{name}" gave logits that its temperature makes infinite.')
+            raise DivergedError(
+                "logits.not_finite",
+                f'"{name}" gave logits that its temperature makes infinite.',
+                mend="train this adapter again",
+            )
         cut = np.array([encoded[i].truncated for i in rows])
         found |= dict(zip(rows, decode([items[i].text for i in rows], scaled, cut, resident.labels), strict=True))
     return [found[i] for i in range(len(items))]

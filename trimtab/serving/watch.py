@@ -51,7 +51,7 @@ class Watch:
     def _tell_of_links(self) -> None:
         found = links(self.directory)
         for name in sorted(found - self._links):
-            self.store.say(f"{name}: is a link, and links are not followed; cp -rL makes a folder of it")
+            self.store.say(f"{name}: is a link, and links are not followed; cp -rL LINK FOLDER makes a folder of it")
         self._links = found
 
     def _look_at(self, name: str, folder: Path) -> None:
