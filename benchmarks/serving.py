@@ -242,12 +242,10 @@ def product_rate() -> float:
 
 
 def needed_flops(encoded: Encoded) -> float:
-    """The products of MiniLM's own weights for some texts: the last layer for keys, values and first tokens only."""
+    """The products of MiniLM's own weights for some texts: the last layer for first tokens only."""
     tokens_, width, inner, layers = len(encoded.ids), 384, 1_536, 6
     whole = 8 * width * width + 4 * width * inner
-    return float(
-        (layers - 1) * tokens_ * whole + tokens_ * 4 * width * width + len(encoded) * (whole - 4 * width * width)
-    )
+    return float(((layers - 1) * tokens_ + len(encoded)) * whole)
 
 
 # -- the parts -------------------------------------------------------------------------------------------------------

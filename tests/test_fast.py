@@ -75,7 +75,7 @@ def make_model(
 
 
 def compare(model: Any, encoded: Encoded, rows: np.ndarray[Any, Any], pad_id: int) -> tuple[float, float]:
-    """Largest difference of a logit, and largest relative difference of a gradient."""
+    """Largest difference of a logit, with gradients or without, and largest relative difference of a gradient."""
     labels = torch.arange(len(rows)) % 3
     parameters = trainable(model)
     outcomes = []
@@ -83,9 +83,9 @@ def compare(model: Any, encoded: Encoded, rows: np.ndarray[Any, Any], pad_id: in
         model.zero_grad()
         logits = run(encoded, rows, 0)
         loss_sum(logits, labels).backward()  # type: ignore[no-untyped-call]
-        outcomes.append(
-            (logits.detach(), {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
-        )
+        with torch.inference_mode():
+            both = torch.stack([logits.detach(), run(encoded, rows, 0)])
+        outcomes.append((both, {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}))
     (slow, slow_gradients), (quick, gradients) = outcomes
     assert slow_gradients.keys() == gradients.keys() == parameters.keys()
     relative = [((gradients[n] - g).norm() / g.norm().clamp_min(1e-12)).item() for n, g in slow_gradients.items()]

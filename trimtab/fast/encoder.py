@@ -239,8 +239,8 @@ def cut(ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], rows: npt.ND
 def logits(encoder: Encoder, batch: Batch, noise: Noise | None = None, stored: Stored | None = None) -> Tensor:
     """Logits float32[B, C] of a batch, in the order in which its rows were asked for.
 
-    The last layer is computed for the first token of each row alone: the head reads no other. Keys and values of the
-    last layer need every token.
+    The last layer is computed for the first token of each row alone: the head reads no other. With gradients or
+    dropout its keys and values need every token.
 
     Args:
         encoder: The classifier.

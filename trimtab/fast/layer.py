@@ -9,9 +9,9 @@ The formulas are those of Vaswani et al. 2017 (arXiv 1706.03762) with the norm a
 LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W' + b + scaling * (dropout(x) A') B'.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -98,8 +98,21 @@ class Group(NamedTuple):
     length: int
 
 
-Beside = Callable[[int, int, Tensor, Tensor], None]
-"""(number of the layer, place in `Layer.linears`, x [N, in], out [N, out]): adds to out what is beside the weight."""
+class Beside(Protocol):
+    """What stands beside the weights where rows of one batch have LoRA of their own; forward only.
+
+    `layer` is the number of the layer, `place` that of the product in `Layer.linears`.
+    """
+
+    def add(self, layer: int, place: int, x: Tensor, out: Tensor) -> None:
+        """Adds to a product, x [N, in] -> out [N, out]."""
+
+    def add_to_asked(self, layer: int, q: Tensor, asked: Tensor) -> None:
+        """Before `q W` of the keys is added to asked [B, heads, D]: q [B, heads, D / heads], which may be scaled."""
+
+    def add_to_answers(self, layer: int, means: Tensor, answers: Tensor) -> None:
+        """Adds to the values of means [B, heads, D], answers [B, heads, D / heads], before their bias."""
+
 
 # Sites of dropout within a layer; LoRA's are 10 + the product's place in `Layer.linears`.
 ATTENTION, ATTENTION_OUTPUT, OUTPUT, LORA = 0, 1, 2, 10
@@ -121,7 +134,6 @@ class Scope:
     drawn: bool = False
     """Whether the masks have been drawn already: the backward reads those of the forward."""
     beside: Beside | None = None
-    """What is added to each product, where rows of one batch have LoRA of their own; forward only."""
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Memory that lives until the backward of this layer."""
@@ -171,13 +183,17 @@ def forward(layer: Layer, x: Tensor, scope: Scope, first_only: Tensor | None = N
     """
     queried = x if first_only is None else x[first_only]
     q, q_thin = _product(layer, 0, queried, scope.take("q", queried.shape), scope)
-    k, k_thin = _product(layer, 1, x, scope.take("k", x.shape), scope)
-    v, v_thin = _product(layer, 2, x, scope.take("v", x.shape), scope)
     q *= layer.scale  # once here, instead of on every score
     # Kept only where LoRA beside the output needs its input again.
     keep_context = layer.attention_output.lora is not None
     context = (scope.take if keep_context else scope.scratch)("context", queried.shape)
-    _attention(layer, q, k, v, context, scope)
+    if first_only is not None and not scope.keeps and scope.noise is None:
+        k, v, k_thin, v_thin = x, x, None, None  # no backward will read them
+        _attention_of_first(layer, q, x, context, scope)
+    else:
+        k, k_thin = _product(layer, 1, x, scope.take("k", x.shape), scope)
+        v, v_thin = _product(layer, 2, x, scope.take("v", x.shape), scope)
+        _attention(layer, q, k, v, context, scope)
 
     before_norm, o_thin = _product(layer, 3, context, scope.take("before_norm", queried.shape), scope)
     _drop(before_norm, layer.attention_output_dropout, ATTENTION_OUTPUT, scope)
@@ -259,7 +275,7 @@ def _product(layer: Layer, place: int, x: Tensor, out: Tensor, scope: Scope) -> 
     item = layer.linears[place]
     torch.addmm(item.bias, x, item.weight.t(), out=out)
     if scope.beside is not None:
-        scope.beside(scope.number, place, x, out)
+        scope.beside.add(scope.number, place, x, out)
     if item.lora is None:
         return out, None
     lora, mask = item.lora, scope.mask(LORA + place, item.lora.dropout, x.shape)
@@ -422,6 +438,40 @@ def _attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor, context: Tensor, s
         _write(context[piece.queries], torch.bmm(p, _by_head(v[piece.tokens], piece.rows, heads)), piece.rows, heads)
     if mask is not None:
         context.mul_(keep_scale(layer.attention_dropout))
+
+
+def _attention_of_first(layer: Layer, q: Tensor, x: Tensor, context: Tensor, scope: Scope) -> None:
+    """`_attention` of the first token of each row, q [B, D], over the states x [N, D], without keys and values.
+
+    q' (W x) = (q' W) x, so a query can ask the states themselves; a key's bias adds the same to every score of a row,
+    which softmax leaves out. Probabilities add up to one, so the mean of values is the value of the mean. Two products
+    of D x D for each row stand where there were two for each token, 3 % of a forward of six layers.
+    """
+    heads, key, value = layer.heads, layer.key, layer.value
+    shape = (heads, len(q), x.shape[1])
+    q_ = q.view(len(q), heads, -1).transpose(0, 1)
+    asked, means = scope.scratch("asked", shape).zero_(), scope.scratch("means", shape)
+    if scope.beside is not None:
+        scope.beside.add_to_asked(scope.number, q_.transpose(0, 1), asked.transpose(0, 1))
+    asked.baddbmm_(q_, key.weight.view(heads, -1, x.shape[1]))
+    if key.lora is not None:
+        thin = torch.bmm(q_, key.lora.b.to(x.dtype).view(heads, -1, len(key.lora.a)))
+        asked.add_(thin @ key.lora.a.to(x.dtype), alpha=key.lora.scaling)
+
+    for piece in pieces(scope.groups, heads, first_only=True):
+        tokens = x[piece.tokens].view(piece.rows, -1, x.shape[1])
+        p = _probabilities(asked[:, piece.queries].transpose(0, 1), tokens, scope)
+        means[:, piece.queries].transpose(0, 1).copy_(torch.bmm(p, tokens))
+
+    answers = torch.bmm(means, value.weight.view(heads, -1, x.shape[1]).transpose(1, 2))
+    if value.lora is not None:
+        thin = means @ value.lora.a.to(x.dtype).t()
+        b = value.lora.b.to(x.dtype).view(heads, -1, len(value.lora.a))
+        answers.baddbmm_(thin, b.transpose(1, 2), alpha=value.lora.scaling)
+    if scope.beside is not None:
+        scope.beside.add_to_answers(scope.number, means.transpose(0, 1), answers.transpose(0, 1))
+    context.view(len(q), heads, -1).copy_(answers.transpose(0, 1))
+    context += value.bias
 
 
 def _attention_backward(

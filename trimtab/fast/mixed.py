@@ -8,7 +8,7 @@ small products cost calls, gathering costs memory traffic (Chen et al. 2023, "Pu
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -98,6 +98,21 @@ class _Block(NamedTuple):
     places: Mapping[tuple[int, int], tuple[int, Site]]
     form: Form
 
+    @property
+    def all_rows(self) -> slice:
+        """Its rows in the batch."""
+        return slice(self.row, self.row + self.rows)
+
+    @property
+    def all_tokens(self) -> slice:
+        """Its tokens in the batch."""
+        return slice(self.token, self.token + self.tokens)
+
+    @property
+    def each(self) -> str:
+        """The axis of its matrices over rows, as einsum spells it: none where all rows have the same."""
+        return "b" if self.numbers.ndim == 2 else ""
+
 
 def logits(
     encoder: Encoder,
@@ -121,7 +136,7 @@ def logits(
         standing = [adapters[int(row)] for row in rows[torch.argsort(batch.order).numpy()]]
         blocks = _blocks(encoder, batch, standing, costs)
         first = encoders.first_tokens(
-            encoder, encoders.Batch([batch], batch.order), beside=_adder(encoder, batch, blocks)
+            encoder, encoders.Batch([batch], batch.order), beside=_Adapters(encoder, batch, blocks)
         ).float()
         found: list[Tensor] = [first] * len(rows)
         begin = 0
@@ -186,38 +201,80 @@ def _runs(keys: Sequence[object], begin: int) -> list[tuple[int, int]]:
     return [(begin + start, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
-def _adder(encoder: Encoder, batch: Packed, blocks: Sequence[_Block]) -> Callable[[int, int, Tensor, Tensor], None]:
-    """Adds to a product what each block's adapters say of it."""
+class _Matrices(NamedTuple):
+    """A [r, in], B transposed [r, out], and DoRA's factor [out] or None; of each row where rows differ: [rows, ...]."""
 
-    def add(layer: int, place: int, x: Tensor, out: Tensor) -> None:
-        is_all = len(x) == len(batch.ids)  # else the first token of each row
-        for block in blocks:
-            if (found := block.places.get((layer, place))) is None:
-                continue
-            begin, site = found
-            part = (
-                slice(block.token, block.token + block.tokens) if is_all else slice(block.row, block.row + block.rows)
-            )
-            _add(block, begin, site, x[part], out[part], encoder.layers[layer].linears[place].bias)
-
-    return add
+    a: Tensor
+    b: Tensor
+    factor: Tensor | None
 
 
-def _add(block: _Block, begin: int, site: Site, x: Tensor, out: Tensor, bias: Tensor) -> None:
-    """X [n, in], out [n, out] of the rows of one block: out += (x A') B', and for DoRA the factor of each output."""
-    rank, middle = block.form.rank, begin + block.form.rank * site.columns
+def _matrices(block: _Block, begin: int, site: Site) -> _Matrices:
+    """The matrices of a site, whose numbers begin at `begin`."""
+    rank = block.form.rank
+    middle = begin + rank * site.columns
     end = middle + rank * site.rows
-    if block.numbers.ndim == 1:
-        a = block.numbers[begin:middle].view(rank, site.columns)
-        b = block.numbers[middle:end].view(rank, site.rows)
+    return _Matrices(
+        _split(block.numbers[..., begin:middle], (rank, site.columns)),
+        _split(block.numbers[..., middle:end], (rank, site.rows)),
+        block.numbers[..., end : end + site.rows] if block.form.dora else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """What the adapters of each block say of a product (`layer.Beside`)."""
+
+    encoder: Encoder
+    batch: Packed
+    blocks: Sequence[_Block]
+
+    def add(self, layer: int, place: int, x: Tensor, out: Tensor) -> None:
+        """Out [n, out] += (x A') B', x [n, in], of all tokens or of the first of each row; DoRA scales the sum."""
+        is_all = len(x) == len(self.batch.ids)
+        for block, matrices in self._at(layer, place):
+            part = block.all_tokens if is_all else block.all_rows
+            bias = self.encoder.layers[layer].linears[place].bias
+            _add(block, matrices, x[part], out[part], bias)
+
+    def add_to_asked(self, layer: int, q: Tensor, asked: Tensor) -> None:
+        """Asked [B, heads, in] += (q B) A, q [B, heads, out / heads]; DoRA scales q."""
+        for block, (a, b, factor) in self._at(layer, 1):
+            q_, each = q[block.all_rows], block.each
+            if factor is not None:
+                q_.mul_(_split(factor, q.shape[1:]))
+            thin = torch.einsum(f"bhd,{each}rhd->bhr", q_, _split(b, q.shape[1:]))
+            asked[block.all_rows].add_(torch.einsum(f"bhr,{each}rc->bhc", thin, a))
+
+    def add_to_answers(self, layer: int, means: Tensor, answers: Tensor) -> None:
+        """Answers [B, heads, out / heads] += (means A') B', means [B, heads, in]; DoRA scales the sum."""
+        for block, (a, b, factor) in self._at(layer, 2):
+            out, each = answers[block.all_rows], block.each
+            thin = torch.einsum(f"bhc,{each}rc->bhr", means[block.all_rows], a)
+            out.add_(torch.einsum(f"bhr,{each}rhd->bhd", thin, _split(b, answers.shape[1:])))
+            if factor is not None:
+                out.mul_(_split(factor, answers.shape[1:]))
+
+    def _at(self, layer: int, place: int) -> Iterator[tuple[_Block, _Matrices]]:
+        """The blocks with something beside a weight, and what it is."""
+        for block in self.blocks:
+            if (found := block.places.get((layer, place))) is not None:
+                yield block, _matrices(block, *found)
+
+
+def _split(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """X [..., product of axes] -> [..., *axes], a view."""
+    return x.view(*x.shape[:-1], *axes)
+
+
+def _add(block: _Block, matrices: _Matrices, x: Tensor, out: Tensor, bias: Tensor) -> None:
+    a, b, factor = matrices
+    if a.ndim == 2:
         out.addmm_(x @ a.t(), b)
     else:
-        a = block.numbers[:, begin:middle].view(-1, rank, site.columns)
-        b = block.numbers[:, middle:end].view(-1, rank, site.rows)
-        out = out.view(block.rows, -1, site.rows)
-        out.baddbmm_(torch.bmm(x.view(block.rows, -1, site.columns), a.transpose(1, 2)), b)
-    if block.form.dora:
-        factor = block.numbers[..., end : end + site.rows]
+        out = out.view(block.rows, -1, b.shape[-1])
+        out.baddbmm_(torch.bmm(x.view(block.rows, -1, a.shape[-1]), a.transpose(1, 2)), b)
+    if factor is not None:
         out.sub_(bias).mul_(factor if factor.ndim == 1 else factor[:, None]).add_(bias)
 
 
