@@ -84,7 +84,7 @@ def compare(model: Any, encoded: Encoded, rows: np.ndarray[Any, Any], pad_id: in
         logits = run(encoded, rows, 0)
         loss_sum(logits, labels).backward()  # type: ignore[no-untyped-call]
         with torch.inference_mode():
-            both = torch.stack([logits.detach(), run(encoded, rows, 0)])
+            both = torch.stack([logits.detach(), run(encoded, rows)])
         outcomes.append((both, {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}))
     (slow, slow_gradients), (quick, gradients) = outcomes
     assert slow_gradients.keys() == gradients.keys() == parameters.keys()
