@@ -21,7 +21,7 @@ from trimtab import config, evaluation, forward, predict, tokens, training
 from trimtab.classification import loss_sum
 from trimtab.config import MINILM, LoraSettings, RuntimeSettings
 from trimtab.errors import DataError, RecipeError
-from trimtab.fast import cores, encoder, layer
+from trimtab.fast import blocked, cores, encoder, layer
 from trimtab.fast.dropout import Noise, keep_scale
 from trimtab.fast.encoder import LAYOUTS, Batch, NotSupported
 from trimtab.fast.layer import Group, Layer
@@ -463,6 +463,26 @@ def test_merged_files_answer_as_peft_does(runs: Callable[[str], Path], kind: str
     assert (quick.engine.name, slow.engine.name) == ("fast", "stock")
     encoded = quick.encode([*TEXTS, "film", "the great film " * 40])
     assert np.abs(quick.logits(encoded) - slow.logits(encoded)).max() < 1e-5
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_weights_in_the_layout_of_onednn_answer_alike(
+    runs: Callable[[str], Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "pays", lambda dtype: False)
+    plain = predict.load(runs(kind))
+    monkeypatch.setattr(blocked, "pays", lambda dtype: True)
+    monkeypatch.setattr(blocked, "LEAST_TOKENS", 10)
+    kept = predict.load(runs(kind))
+    products = []
+    product = blocked.Blocked.product
+    monkeypatch.setattr(blocked.Blocked, "product", lambda *args: products.append(len(args[1])) or product(*args))
+    for texts in (TEXTS, ["film"], [*TEXTS, "the great film " * 40]):
+        encoded = plain.encode(texts)
+        assert np.abs(plain.logits(encoded) - kept.logits(encoded)).max() < 1e-5
+    assert products
+    assert min(products) >= 10
 
 
 def test_a_base_saved_without_its_prefix_and_with_old_names(runs: Callable[[str], Path], tmp_path: Path) -> None:

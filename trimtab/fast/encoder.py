@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, embedding, gelu, layer_norm, linear
 
-from trimtab.fast import cores
+from trimtab.fast import blocked, cores
+from trimtab.fast.blocked import Blocked
 from trimtab.fast.dropout import Noise, can_quantise, keep_scale
 from trimtab.fast.layer import (
     Beside,
@@ -754,7 +755,8 @@ def of_files(
     homes = {name: [module for module in head if name.startswith(module + ".")] for name in own}
     if {module for found in homes.values() for module in found} != set(head) or not all(homes.values()):
         raise NotSupported("its adapter does not hold just the head that it names")
-    return build(config, tensors | {name: tensor.float() for name, tensor in own.items()}, loras, num_labels)
+    tensors |= {name: tensor.float() for name, tensor in own.items()}
+    return _for_good(build(config, tensors, loras, num_labels))
 
 
 def of_base(config: Mapping[str, Any], base: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Encoder:
@@ -780,7 +782,19 @@ def of_base(config: Mapping[str, Any], base: Mapping[str, Tensor], dtype: torch.
     }
     tensors.setdefault(dense + ".weight", torch.zeros(width, width))
     tensors.setdefault(dense + ".bias", torch.zeros(width))
-    return build(config, tensors | {out + ".weight": torch.zeros(1, width), out + ".bias": torch.zeros(1)}, {}, 1)
+    tensors |= {out + ".weight": torch.zeros(1, width), out + ".bias": torch.zeros(1)}
+    return _for_good(build(config, tensors, {}, 1))
+
+
+def _for_good(encoder: Encoder) -> Encoder:
+    """The encoder with weights that may be kept a second time: they belong to nobody else and never change."""
+    if not blocked.pays(encoder.embeddings.word.dtype):
+        return encoder
+    return replace(encoder, layers=tuple(layer.each(_blocked) for layer in encoder.layers))
+
+
+def _blocked(item: Linear) -> Linear:
+    return replace(item, blocked=Blocked(item.weight))
 
 
 def brings(config: Mapping[str, Any], base: Mapping[str, Tensor]) -> tuple[str, ...]:

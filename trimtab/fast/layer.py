@@ -9,7 +9,7 @@ The formulas are those of Vaswani et al. 2017 (arXiv 1706.03762) with the norm a
 LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W' + b + scaling * (dropout(x) A') B'.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from trimtab.fast import blocked
+from trimtab.fast.blocked import Blocked
 from trimtab.fast.dropout import Noise, keep_scale
 from trimtab.fast.workspace import Workspace
 
@@ -41,6 +43,8 @@ class Linear:
     weight: Tensor
     bias: Tensor
     lora: Lora | None = None
+    blocked: Blocked | None = None
+    """The weight once more, for products of many tokens, where it never changes."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,14 @@ class Layer:
         """The six products, in the order of their dropout sites and of their gradients."""
         return self.query, self.key, self.value, self.attention_output, self.up, self.down
 
+    def each(self, change: Callable[[Linear], Linear]) -> "Layer":
+        """The layer with something changed in all six products."""
+        query, key, value, attention_output, up, down = map(change, self.linears)
+        return replace(self, query=query, key=key, value=value, attention_output=attention_output, up=up, down=down)
+
     def without_lora(self) -> "Layer":
         """The frozen weights alone."""
-        names = ("query", "key", "value", "attention_output", "up", "down")
-        return replace(self, **{name: replace(getattr(self, name), lora=None) for name in names})
+        return self.each(lambda item: replace(item, lora=None))
 
     def trained(self) -> list[Tensor]:
         """Every LoRA matrix of the layer, a before b."""
@@ -271,9 +279,12 @@ def backward(
 
 
 def _product(layer: Layer, place: int, x: Tensor, out: Tensor, scope: Scope) -> tuple[Tensor, Tensor | None]:
-    """The product at `place` of `Layer.linears`: x [N, in] -> out [N, out], and LoRA's thin product [N, r]."""
+    """The product at `place` of `Layer.linears`: x [N, in] -> [N, out], in `out` or not, and LoRA's thin one [N, r]."""
     item = layer.linears[place]
-    torch.addmm(item.bias, x, item.weight.t(), out=out)
+    if item.blocked is not None and len(x) >= blocked.LEAST_TOKENS:
+        out = item.blocked.product(x, item.bias)
+    else:
+        torch.addmm(item.bias, x, item.weight.t(), out=out)
     if scope.beside is not None:
         scope.beside.add(scope.number, place, x, out)
     if item.lora is None:
