@@ -21,9 +21,14 @@ def kind() -> str:
 
 
 def commit() -> str:
-    """The commit of the code that runs, `-dirty` where files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+    """The commit of the code that runs, `-dirty` where files other than results differ from it."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=RESULTS.parent, capture_output=True, encoding="utf-8", check=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
 
 
 def read(name: str) -> dict[str, Any]:
