@@ -472,6 +472,11 @@ def _embed(e: Embeddings, batch: Packed, noise: Noise | None, workspace: Workspa
 
 def apply_head(head: Head, x: Tensor, *, training: bool) -> Tensor:
     """The head of each architecture as transformers has it: x [B, D] -> [B, C]."""
+    return linear(before_out(head, x, training=training), head.out.weight, head.out.bias)
+
+
+def before_out(head: Head, x: Tensor, *, training: bool) -> Tensor:
+    """What the last layer of the head reads: x [B, D] -> [B, D]."""
 
     def drop(t: Tensor) -> Tensor:
         return dropout(t, head.dropout, training)
@@ -480,14 +485,12 @@ def apply_head(head: Head, x: Tensor, *, training: bool) -> Tensor:
         return linear(t, head.dense.weight, head.dense.bias)
 
     if head.kind == "bert":
-        x = drop(torch.tanh(dense(x)))
-    elif head.kind == "distilbert":
-        x = drop(torch.relu(dense(x)))
-    elif head.kind == "electra":
-        x = drop(gelu(dense(drop(x))))
-    else:
-        x = drop(torch.tanh(dense(drop(x))))
-    return linear(x, head.out.weight, head.out.bias)
+        return drop(torch.tanh(dense(x)))
+    if head.kind == "distilbert":
+        return drop(torch.relu(dense(x)))
+    if head.kind == "electra":
+        return drop(gelu(dense(drop(x))))
+    return drop(torch.tanh(dense(drop(x))))
 
 
 # -- building --------------------------------------------------------------------------------------------------

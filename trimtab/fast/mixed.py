@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from trimtab.fast import encoder as encoders
 from trimtab.fast.encoder import Encoder, Head, Packed
@@ -138,11 +139,17 @@ def logits(
         first = encoders.first_tokens(
             encoder, encoders.Batch([batch], batch.order), beside=_Adapters(encoder, batch, blocks)
         ).float()
+        # Of all rows at once: 28 adapters one after another took 2 ms of a batch's 180.
+        shared = encoders.before_out(encoder.head, first, training=False)
         found: list[Tensor] = [first] * len(rows)
         begin = 0
         for end in range(1, len(rows) + 1):
             if end == len(rows) or adapters[int(rows[end])] is not adapters[int(rows[begin])]:
-                answers = encoders.apply_head(adapters[int(rows[begin])].head, first[begin:end], training=False)
+                head = adapters[int(rows[begin])].head
+                if head.dense is encoder.head.dense:
+                    answers = linear(shared[begin:end], head.out.weight, head.out.bias)
+                else:
+                    answers = encoders.apply_head(head, first[begin:end], training=False)
                 for row, answer in zip(rows[begin:end], answers, strict=True):
                     found[int(row)] = answer
                 begin = end
