@@ -471,10 +471,10 @@ def test_weights_in_the_layout_of_onednn_answer_alike(
     runs: Callable[[str], Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocked, "pays", lambda dtype: False)
-    plain = predict.load(runs(kind))
+    plain = predict.load(runs(kind), runtime=RuntimeSettings(dtype="float32"))
     monkeypatch.setattr(blocked, "pays", lambda dtype: True)
     monkeypatch.setattr(blocked, "LEAST_TOKENS", 10)
-    kept = predict.load(runs(kind))
+    kept = predict.load(runs(kind), runtime=RuntimeSettings(dtype="float32"))
     products = []
     product = blocked.Blocked.product
     monkeypatch.setattr(blocked.Blocked, "product", lambda *args: products.append(len(args[1])) or product(*args))
