@@ -275,6 +275,7 @@ def _split(x: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def _add(block: _Block, matrices: _Matrices, x: Tensor, out: Tensor, bias: Tensor) -> None:
+    """`_Adapters.add` for the rows of one block."""
     a, b, factor = matrices
     if a.ndim == 2:
         out.addmm_(x @ a.t(), b)
