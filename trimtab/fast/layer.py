@@ -3,8 +3,9 @@
 Tokens of all rows stand end to end, without padding, rows sorted by length; rows of equal length form a group, and
 attention runs group by group: by torch's fused kernel, or with dropout, in short rows, in bfloat16 and backwards in
 pieces that stay in the cache (12 heads x 256 x 256: 20 ms a batch where one product over the padded batch takes 44). An
-answer needs neither keys nor values of the last layer (`_attention_of_first`). The backward is written by hand: frozen weights need no input kept, and probabilities
-are computed again, so a layer keeps 10 numbers a token and unit of width instead of 40.
+answer needs neither keys nor values of the last layer (`_attention_of_first`). The backward is written by hand: frozen
+weights need no input kept, and probabilities are computed again, so a layer keeps 10 numbers a token and unit of width
+instead of 40.
 
 The formulas are those of Vaswani et al. 2017 (arXiv 1706.03762) with the norm after each residual, as in BERT, and of
 LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W' + b + scaling * (dropout(x) A') B'.
