@@ -35,7 +35,7 @@ def write_adapter(
     torch.manual_seed(seed)
     loaded = load_base(base.folder, config)
     settings = LoraSettings(**lora)
-    head = head_modules(loaded.model, loaded.new_parameters)
+    head = head_modules(loaded.model, loaded.new_parameters, settings.also_saved)
     names = on_layers(loaded.model, resolve_targets(loaded.model, targets, head), settings, head)
     model = inject(loaded.model, settings, names, head, base.recorded_as)
     with torch.no_grad():

@@ -27,7 +27,7 @@ from trimtab.fast.encoder import LAYOUTS, Batch, NotSupported
 from trimtab.fast.layer import Group, Layer
 from trimtab.fast.workspace import Workspace
 from trimtab.hub import find_base
-from trimtab.machine import has_bf16, processor
+from trimtab.machine import Processor, has_bf16, processor
 from trimtab.model import head_modules, inject, load_base, load_config, on_layers, resolve_targets, trainable
 from trimtab.tokens import Encoded
 
@@ -254,12 +254,14 @@ def test_the_backward_with_dropout_is_that_of_autograd(
         dx = dx.clone()  # its memory is used again
         without_dx, others = layer.backward(block, dy, saved, scope, first, needs_dx=False)
         quick = quick.clone()
-        clean, _ = layer.forward(block, x, replace(scope, noise=None), first)
+        clean = layer.forward(block, x, replace(scope, noise=None), first)[0].clone()
+        answer, _ = layer.forward(block, x, replace(scope, noise=None, keeps=False), first)
     for one, other in zip((slow, *slow_gradients), (quick, dx, *gradients), strict=True):
         assert (one - other).norm() < 1e-5 * one.norm()
     assert without_dx is None
     assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
     assert (clean - quick).norm() > 0.1 * quick.norm()  # dropout was on
+    assert (answer - clean).norm() < 1e-5 * clean.norm()
 
 
 def test_masks_keep_what_they_should_and_depend_on_seed_and_site_alone() -> None:
@@ -275,6 +277,16 @@ def test_masks_keep_what_they_should_and_depend_on_seed_and_site_alone() -> None
     flat = first.view(-1)
     half = len(flat) // 2
     assert abs((flat[:half] == flat[-half:]).float().mean() - (0.9**2 + 0.1**2)) < 0.01
+
+
+def test_nothing_is_kept_where_no_backward_follows(folders: Callable[[str], Path]) -> None:
+    model, encoded = make_model(folders("bert"))
+    batch = encoder.pack(encoded.ids, encoded.offsets, ROWS)
+    with torch.no_grad():
+        answers, training = (
+            encoder._forward(encoder.of_peft_model(model), batch, None, None, keeps=keeps) for keeps in (False, True)
+        )
+    assert (len(answers[1]), len(training[1])) == (0, 2)
 
 
 def test_a_batch_that_another_has_overwritten_is_refused(folders: Callable[[str], Path]) -> None:
@@ -463,6 +475,30 @@ def test_merged_files_answer_as_peft_does(runs: Callable[[str], Path], kind: str
     assert (quick.engine.name, slow.engine.name) == ("fast", "stock")
     encoded = quick.encode([*TEXTS, "film", "the great film " * 40])
     assert np.abs(quick.logits(encoded) - slow.logits(encoded)).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "dtype", "has_onednn", "expected"),
+    [
+        ("AMD EPYC", ("avx2",), torch.float32, True, True),
+        ("AMD EPYC", ("avx2",), torch.bfloat16, True, False),
+        ("AMD EPYC", ("avx2",), torch.float32, False, False),
+        ("AMD EPYC 9654", ("avx2", "avx512_bf16", "avx512f"), torch.float32, True, False),
+        ("Intel(R) Xeon(R)", ("avx2",), torch.float32, True, False),
+        ("AMD64", (), torch.float32, True, False),  # what Windows may call an Intel too
+    ],
+)
+def test_onednn_is_taken_where_it_was_measured(
+    name: str,
+    features: tuple[str, ...],
+    dtype: torch.dtype,
+    has_onednn: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocked, "processor", lambda: Processor(name, features))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    assert blocked.pays(dtype) is expected
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")

@@ -10,11 +10,12 @@ import pytest
 import torch
 from adapters import MAX_LENGTH, answers, write_adapter
 from bases import write_base
+from transformers import AutoModel
 
 from trimtab import tokens
 from trimtab.config import RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError
-from trimtab.fast import mixed
+from trimtab.fast import blocked, mixed
 from trimtab.fast.encoder import LAYOUTS
 from trimtab.fast.mixed import Costs
 from trimtab.hub import find_base
@@ -39,7 +40,9 @@ ADAPTERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "rslora": (("p", "q", "r", "s"), {"variant": "rslora", "r": 16}),
     "dora": (("neg", "pos"), {"variant": "dora"}),
     "all-weights": (("neg", "pos"), {"targets": "all-linear"}),
+    "all-weights-too": (("neg", "pos", "none"), {"targets": "all-linear"}),
     "dora-all-weights": (("neg", "pos", "none"), {"targets": "all-linear", "variant": "dora", "r": 2}),
+    "dora-all-weights-too": (("neg", "pos"), {"targets": "all-linear", "variant": "dora", "r": 2}),
     "top-layer": (("neg", "pos"), {"layers": "top:1"}),
 }
 
@@ -81,7 +84,28 @@ def mix(base: ServedBase, residents: list[Resident], texts: list[str], costs: Co
 def test_every_row_gets_the_answer_of_its_own_adapter(
     served: Callable[[str], tuple[ServedBase, dict[str, Any], Path]], kind: str, costs: Costs
 ) -> None:
-    base, models, folder = served(kind)
+    check_mix(*served(kind), costs)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("costs", [GATHER, SEGMENT], ids=["gathered", "segments"])
+def test_the_same_beside_weights_in_the_layout_of_onednn(
+    served: Callable[[str], tuple[ServedBase, dict[str, Any], Path]], costs: Costs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, models, folder = served("bert")
+    monkeypatch.setattr(blocked, "pays", lambda dtype: True)
+    monkeypatch.setattr(blocked, "LEAST_TOKENS", 10)
+    found = find_base(str(folder / "base"))
+    base = load_base(found, tokens.from_base(found.folder), RuntimeSettings(threads=1, dtype="float32"))
+    products = []
+    product = blocked.Blocked.product
+    monkeypatch.setattr(blocked.Blocked, "product", lambda *args: products.append(args) or product(*args))
+    check_mix(base, models, folder, costs)
+    assert products
+
+
+def check_mix(base: ServedBase, models: dict[str, Any], folder: Path, costs: Costs) -> None:
+    """Sixty rows, each of an adapter drawn at random, against peft's model of that adapter."""
     there = {name: resident(base, folder / name) for name in models}
     rng = np.random.default_rng(0)
     names = [str(name) for name in rng.choice(list(models), 60)]
@@ -94,6 +118,26 @@ def test_every_row_gets_the_answer_of_its_own_adapter(
     ]
     assert [len(one) for one in found] == [len(ADAPTERS[name][0]) for name in names]
     assert max(differences) < 1e-4
+
+
+def test_a_first_layer_of_the_head_is_shared_or_an_adapters_own(tmp_path: Path) -> None:
+    """A bert base that brings its pooler, as BERT's own checkpoints do."""
+    write_base(tmp_path / "base", "bert")
+    AutoModel.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "base")
+    found = find_base(str(tmp_path / "base"))
+    base = load_base(found, tokens.from_base(found.folder), RuntimeSettings(threads=1))
+    own = {"modules_to_save": ("bert.pooler",)}
+    settings: dict[str, dict[str, Any]] = {"a": {}, "own": own, "b": {}, "c": {}, "own too": own}
+    models = {
+        name: write_adapter(tmp_path / name, tmp_path / "base", seed=seed, **each)
+        for seed, (name, each) in enumerate(settings.items())
+    }
+    there = [resident(base, tmp_path / name) for name in models]
+    assert [one.beside.head.dense is base.encoder.head.dense for one in there] == [True, False, True, True, False]
+    for some in (there, there[1::3], there[::2]):  # both, own ones alone, shared ones alone
+        mixed_ = mix(base, some * 2, (TEXTS * 2)[: 2 * len(some)], GATHER)
+        for one, who, text in zip(mixed_, some * 2, TEXTS * 2, strict=False):
+            assert np.abs(one.numpy() - answers(models[who.name], [text], tmp_path / "base")[0]).max() < 1e-5
 
 
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS[2:3], ["boring"] * 7, TEXTS], ids=["one", "long", "alike", "all"])
@@ -158,7 +202,7 @@ def test_bfloat16_is_near_float32(served: Callable[[str], tuple[ServedBase, dict
 
     tensors = adapter.base_tensors(base.base)
     half = replace(base, encoder=encoder.of_base(config, tensors, torch.bfloat16), dtype=torch.bfloat16)
-    names = ["plain", "dora", "rslora", "all-weights"] * 3
+    names = ["plain", "dora", "rslora", "all-weights", "dora-all-weights", "dora-all-weights-too"] * 2
     texts = (TEXTS * 2)[: len(names)]
     found = mix(half, [resident(half, folder / name) for name in names], texts, GATHER)
     for one, name, text in zip(found, names, texts, strict=True):

@@ -353,15 +353,16 @@ def test_an_exception_stays_with_the_adapter_that_caused_it(
     assert len(engine.submit([(row(6), a)]).result(10)) == 1
 
 
+@pytest.mark.parametrize("tokens", [6, 24], ids=["by hand", "fused"])
 def test_logits_that_are_not_finite_are_an_error_of_their_row(
-    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine], held: Held, tokens: int
 ) -> None:
     engine, (a, b, _) = start(), made[1]
     held.go.set()
     kept = b.beside.numbers.clone()
     try:
         b.beside.numbers.fill_(float("inf"))
-        good, bad = engine.submit([(row(6), a)]), engine.submit([(row(6), b)])
+        good, bad = engine.submit([(row(tokens), a)]), engine.submit([(row(tokens), b)])
         assert good.result(10)
         with pytest.raises(DivergedError, match='"b"'):
             bad.result(10)

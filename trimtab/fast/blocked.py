@@ -2,7 +2,8 @@
 
 On an AMD processor with AVX2 and width 384, oneDNN with such weights was 5 to 7 % faster than MKL at 1,024 tokens and
 1 to 17 % at 4,096, as fast below 512 tokens and slower for one; MKL with packed weights of its own was 3 to 11 % slower
-than without. On Intel's processors, whose library MKL is, nobody has measured it: they keep MKL.
+than without. On Intel's processors, whose library MKL is, and on those with AVX-512 nobody has measured it: they keep
+MKL.
 """
 
 import torch
@@ -15,8 +16,9 @@ LEAST_TOKENS = 768
 
 def pays(dtype: torch.dtype) -> bool:
     """Whether products are faster so on this machine; a processor that is not known keeps MKL."""
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(has_onednn) and dtype == torch.float32 and processor().name.startswith("AMD")
+    has_onednn, chip = torch.backends.mkldnn.is_available(), processor()  # type: ignore[no-untyped-call]
+    is_measured = chip.name.startswith("AMD ") and "avx2" in chip.features and "avx512f" not in chip.features
+    return bool(has_onednn) and dtype == torch.float32 and is_measured
 
 
 class Blocked:

@@ -21,7 +21,7 @@ from trimtab.fast import blocked, cores
 from trimtab.fast.blocked import Blocked
 from trimtab.fast.dropout import Noise, can_quantise, keep_scale
 from trimtab.fast.layer import (
-    Beside,
+    Adapters,
     Group,
     Layer,
     Linear,
@@ -240,8 +240,8 @@ def cut(ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], rows: npt.ND
 def logits(encoder: Encoder, batch: Batch, noise: Noise | None = None, stored: Stored | None = None) -> Tensor:
     """Logits float32[B, C] of a batch, in the order in which its rows were asked for.
 
-    The last layer is computed for the first token of each row alone: the head reads no other. With gradients or
-    dropout its keys and values need every token.
+    The last layer is computed for the first token of each row alone: the head reads no other. Where a backward
+    follows, or with dropout, its keys and values need every token.
 
     Args:
         encoder: The classifier.
@@ -268,7 +268,7 @@ def first_tokens(
     batch: Batch,
     noise: Noise | None = None,
     stored: Stored | None = None,
-    beside: Beside | None = None,
+    beside: Adapters | None = None,
 ) -> Tensor:
     """What the head reads, [B, D], in the order in which rows were asked for, without gradients.
 
@@ -379,7 +379,7 @@ def _forward(
     *,
     keeps: bool,
     first_only: bool = True,
-    beside: Beside | None = None,
+    beside: Adapters | None = None,
 ) -> tuple[Tensor, dict[int, Saved]]:
     """The states of the first tokens, sorted by length: [B, D], or of all: [N, D]; and what the backward needs."""
     encoder.workspace.batches += 1
@@ -427,14 +427,17 @@ def _layers(
     *,
     keeps: bool,
     first_only: bool = True,
-    beside: Beside | None = None,
+    beside: Adapters | None = None,
 ) -> tuple[Tensor, dict[int, Saved]]:
-    """States through some layers, and what the backward needs of each."""
+    """States through some layers, and what the backward needs of each; nothing where none will follow."""
     saved = {}
     for number in numbers:
         scope = Scope(number, batch.groups, encoder.workspace, noise, keeps, x.dtype, beside=beside)
         is_last = number == len(encoder.layers) - 1
-        x, saved[number] = forward(encoder.layers[number], x, scope, batch.first if is_last and first_only else None)
+        x, found = forward(encoder.layers[number], x, scope, batch.first if is_last and first_only else None)
+        if keeps:
+            saved[number] = found
+        del found  # products of oneDNN have memory of their own: held, that of six layers was 140 MB a part
     return x, saved
 
 
@@ -790,7 +793,7 @@ def of_base(config: Mapping[str, Any], base: Mapping[str, Tensor], dtype: torch.
 
 
 def _for_good(encoder: Encoder) -> Encoder:
-    """The encoder with weights that may be kept a second time: they belong to nobody else and never change."""
+    """The encoder with weights that may be kept a second time, for they never change."""
     if not blocked.pays(encoder.embeddings.word.dtype):
         return encoder
     return replace(encoder, layers=tuple(layer.each(_blocked) for layer in encoder.layers))

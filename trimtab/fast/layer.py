@@ -109,7 +109,7 @@ class Group(NamedTuple):
     length: int
 
 
-class Beside(Protocol):
+class Adapters(Protocol):
     """What stands beside the weights where rows of one batch have LoRA of their own; forward only.
 
     `layer` is the number of the layer, `place` that of the product in `Layer.linears`.
@@ -144,7 +144,7 @@ class Scope:
     """Of states and frozen weights; adapters stay float32."""
     drawn: bool = False
     """Whether the masks have been drawn already: the backward reads those of the forward."""
-    beside: Beside | None = None
+    beside: Adapters | None = None
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Memory that lives until the backward of this layer."""
@@ -396,12 +396,12 @@ class Piece(NamedTuple):
     scores: slice
 
 
-def pieces(groups: Sequence[Group], heads: int, *, first_only: bool) -> Iterator[Piece]:
-    """Cuts groups into pieces of at most `_PIECE` scores, or of one row."""
+def pieces(groups: Sequence[Group], heads: int, *, first_only: bool, least: int = 1) -> Iterator[Piece]:
+    """Cuts groups into pieces of at most `_PIECE` scores, or of one row; a query counts as `least` scores or more."""
     flat = 0
     for group in groups:
         scores = heads * group.length * (1 if first_only else group.length)
-        step = max(1, _PIECE // scores)
+        step = max(1, _PIECE // (heads * max(least, scores // heads)))
         for done in range(0, group.rows, step):
             rows = min(step, group.rows - done)
             token, row = group.token + done * group.length, group.row + done
@@ -434,7 +434,7 @@ def _write(x: Tensor, by_head: Tensor, rows: int, heads: int) -> None:
 
 
 def _probabilities(q: Tensor, k: Tensor, scope: Scope) -> Tensor:
-    """softmax(q k'), as [rows * heads, queries, tokens]; q comes scaled."""
+    """softmax(q k'), q [n, queries, width], scaled, k [n, tokens, width] -> [n, queries, tokens]."""
     scores = scope.scratch("p", (len(q), q.shape[1], k.shape[1]))
     torch.bmm(q, k.transpose(1, 2), out=scores)
     return torch.softmax(scores, -1, out=scores)
@@ -490,7 +490,7 @@ def _attention_of_first(layer: Layer, q: Tensor, x: Tensor, context: Tensor, sco
         thin = torch.bmm(q_, key.lora.b.to(x.dtype).view(heads, -1, len(key.lora.a)))
         asked.add_(thin @ key.lora.a.to(x.dtype), alpha=key.lora.scaling)
 
-    for piece in pieces(scope.groups, heads, first_only=True):
+    for piece in pieces(scope.groups, heads, first_only=True, least=x.shape[1]):
         tokens = x[piece.tokens].view(piece.rows, -1, x.shape[1])
         p = _probabilities(asked[:, piece.queries].transpose(0, 1), tokens, scope)
         means[:, piece.queries].transpose(0, 1).copy_(torch.bmm(p, tokens))

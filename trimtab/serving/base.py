@@ -16,8 +16,8 @@ from trimtab.adapter import Adapter
 from trimtab.classification import LONGEST_SERVED_LABEL, Labels
 from trimtab.config import RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError
+from trimtab.fast import blocked, mixed
 from trimtab.fast import encoder as encoders
-from trimtab.fast import mixed
 from trimtab.fast.encoder import Encoder, NotSupported
 from trimtab.fast.mixed import Beside, Costs, Layout
 from trimtab.forward import fast_dtype
@@ -25,6 +25,7 @@ from trimtab.hub import Base
 from trimtab.tokens import Tokenizer
 
 _AGAIN = "copy the whole adapter folder again"
+_WARM_UP = -(-blocked.LEAST_TOKENS // 32) * 32  # tokens, in rows of 32
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,10 @@ def load_base(base: Base, tokenizer: Tokenizer, settings: RuntimeSettings) -> Se
             where=str(base.folder),
             mend=f"bases of these kinds can: {', '.join(encoders.LAYOUTS)}; others answer by trimtab predict",
         ) from None
-    with torch.inference_mode():  # the first pass maps the weights and starts the threads, which takes 0.2 s
-        encoders.first_tokens(encoder, encoders.cut(np.zeros(64, np.int32), np.array([0, 32, 64]), np.arange(2)))
+    with torch.inference_mode():  # the first pass maps the weights and keeps them blocked where that pays
+        offsets = np.arange(0, _WARM_UP + 1, 32)
+        batch = encoders.pack(np.zeros(_WARM_UP, np.int32), offsets, np.arange(len(offsets) - 1))
+        encoders.first_tokens(encoder, encoders.Batch([batch], batch.order))
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     width = encoder.head.dense.weight.shape[0]
     return ServedBase(
