@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,6 +45,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trimtab import adopt, demo, hub, predict, tokens
 from trimtab.config import MINILM, RuntimeSettings
 from trimtab.device import place
+from trimtab.fast import blocked, mixed
+from trimtab.fast.blocked import Blocked
+from trimtab.fast.encoder import Encoder
 from trimtab.serving.base import load_base
 from trimtab.serving.engine import Engine
 from trimtab.serving.service import Item, Service
@@ -57,6 +61,7 @@ OVERLOAD_S = 60.0
 ANSWERS = 100_000  # while adapters are replaced
 CUT = 256
 REQUEST = 32
+AT_ONCE = TEXTS // REQUEST  # requests under way beside a side that is handed all texts at once
 
 
 # -- adapters and texts --------------------------------------------------------------------------------------------
@@ -90,16 +95,33 @@ def texts(keep: Path) -> dict[str, list[str]]:
 
 
 class Ours:
-    """The server's own parts without HTTP: requests of 32 texts, eight of them under way at a time."""
+    """The server's own parts without HTTP: requests of 32 texts.
 
-    def __init__(self, base: str, folders: dict[str, Path], budget: int = 8 << 30) -> None:
+    Args:
+        base: The base.
+        folders: The adapters by name.
+        under_way: Requests at a time: as many as a busy server has, or all, beside a side that is handed all at once.
+        budget: Bytes of adapters in memory.
+        compute: Rows -> logits, in place of `mixed.logits`.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        folders: dict[str, Path],
+        *,
+        under_way: int = 8,
+        budget: int = 8 << 30,
+        compute: Callable[..., list[torch.Tensor]] = mixed.logits,
+    ) -> None:
+        self.under_way = under_way
         settings = RuntimeSettings()
         placement = place(settings)
         found = hub.find_base(base)
         self.store = Store(load_base(found, tokens.from_base(found.folder), settings), budget)
         for name, folder in folders.items():
             self.store.register(name, folder)
-        self.service = Service(self.store, Engine(self.store.served, workers=placement.threads))
+        self.service = Service(self.store, Engine(self.store.served, workers=placement.threads, compute=compute))
 
     def load_all(self) -> None:
         """Every adapter into memory."""
@@ -110,7 +132,7 @@ class Ours:
         """Logits of items, in their order."""
 
         async def run() -> list[np.ndarray]:
-            room = asyncio.Semaphore(8)
+            room = asyncio.Semaphore(self.under_way)
 
             async def one(part: Sequence[Item]) -> list[np.ndarray]:
                 async with room:
@@ -125,6 +147,19 @@ class Ours:
     def close(self) -> None:
         """Ends its threads."""
         self.service.close(60)
+
+
+def merged_into(classifier: predict.Classifier) -> Callable[..., list[torch.Tensor]]:
+    """What the server would compute if its base were this merged model, and no adapter stood beside it."""
+    whole = classifier.engine.encoder
+    assert whole is not None
+    alone = mixed.Beside(mixed.Form(0, ()), torch.empty(0), whole.head)
+
+    def compute(encoder: Encoder, ids: Any, offsets: Any, adapters: Sequence[Any], costs: mixed.Costs) -> Any:
+        merged = replace(whole, workspace=encoder.workspace)
+        return mixed.logits(merged, ids, offsets, [alone] * len(adapters), costs)
+
+    return compute
 
 
 # -- the others ----------------------------------------------------------------------------------------------------
@@ -225,12 +260,13 @@ def spread(texts_: Sequence[str], names: Sequence[str], count: int, seed: int = 
 
 def product_rate() -> float:
     """FLOP/s of plain products of a batch's shape, each core computing its own, as the server does."""
-    x, w, times = torch.randn(1_024, 384), torch.randn(1_536, 384), 60
+    x, w, bias, times = torch.randn(1_024, 384), torch.randn(1_536, 384), torch.zeros(1_536), 60
+    kept = Blocked(w) if blocked.pays(torch.float32) else None
 
     def work() -> None:
         torch.set_num_threads(1)  # holds for this thread
         for _ in range(times):
-            x @ w.t()
+            torch.addmm(bias, x, w.t()) if kept is None else kept.product(x, bias)
 
     threads = [threading.Thread(target=work) for _ in range(place(RuntimeSettings()).threads)]
     begin = time.perf_counter()
@@ -255,7 +291,8 @@ def against_peft(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     folders = adapters(keep, base)
     short = texts(keep)["short"]
     names = [ours.name for _, ours in folders]
-    ours, theirs = Ours(base, {folder.name: folder for _, folder in folders}), Peft(base, [one for one, _ in folders])
+    ours = Ours(base, {folder.name: folder for _, folder in folders}, under_way=AT_ONCE)
+    theirs = Peft(base, [one for one, _ in folders])
     ours.load_all()
     check = spread(short, names, 64)
     exact = theirs.one_by_one(check)
@@ -289,8 +326,8 @@ def against_latefuse(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     """As documented it cuts texts at 128 tokens, and so do we beside it; tuned, both see up to 256."""
     folders, all_texts = adapters(keep, base), texts(keep)
     names = [ours.name for _, ours in folders]
-    ours = Ours(base, {folder.name: folder for _, folder in folders})
-    ours_cut = Ours(base, {folder.name: folder for _, folder in adapters(keep, base, 128)})
+    ours = Ours(base, {folder.name: folder for _, folder in folders}, under_way=AT_ONCE)
+    ours_cut = Ours(base, {folder.name: folder for _, folder in adapters(keep, base, 128)}, under_way=AT_ONCE)
     ours.load_all()
     ours_cut.load_all()
     theirs = [one for one, _ in folders]
@@ -339,7 +376,10 @@ def latencies(ours: Ours, items: Sequence[Item], size: int = REQUEST) -> list[fl
 
 
 def resident(keep: Path, base: str, rounds: int) -> dict[str, Any]:
-    """10,000 adapters in memory against 32, and 32 in a batch against one that is merged into the weights."""
+    """10,000 adapters in memory against 32, and 32 in a batch against one that is merged into the weights.
+
+    The merged model is served in the same way, and, handed all texts at once, predicts by itself.
+    """
     folders, short = adapters(keep, base), texts(keep)["short"]
     few = Ours(base, {f"x{i:05}": folders[i][1] for i in range(32)})
     few.load_all()
@@ -352,6 +392,10 @@ def resident(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     adapter = many.store.hold("x00000").result()
     tensors = sum(t.numel() * 4 for t in _tensors(folders[0][1]))
     merged = predict.load(folders[0][1])
+    served_alone = Ours(base, {"x00000": folders[0][1]}, compute=merged_into(merged))
+    at_once = Ours(base, {f"x{i:05}": folders[i][1] for i in range(32)}, under_way=AT_ONCE)
+    served_alone.load_all()
+    at_once.load_all()
     rng = np.random.default_rng(0)
     # The same 32 adapters in every request, spread over all that are in memory.
     drawn = [f"x{i:05}" for i in range(32)]
@@ -361,13 +405,20 @@ def resident(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     far = [Item(spread_out[i % 32], short[i]) for i in range(count)]
     any_ = [Item(f"x{int(rng.integers(RESIDENT)):05}", short[i]) for i in range(count)]
     lone = [Item(drawn[0], short[i]) for i in range(count)]
+    parity = difference(served_alone(lone[:64]), few(lone[:64]))
+    assert parity < 1e-4, parity
     rates = race(
         {
             "32 of 32": (few, same),
             "32 of 10,000": (many, far),
             "any of 10,000": (many, any_),
             "one": (few, lone),
-            "merged": (lambda items: merged.logits(merged.encode([item.text for item in items])), lone),
+            "merged, served": (served_alone, lone),
+            "32 of 32, all texts at once": (at_once, same),
+            "merged, all texts at once": (
+                lambda items: merged.logits(merged.encode([item.text for item in items])),
+                lone,
+            ),
         },
         rounds,
     )
@@ -375,8 +426,8 @@ def resident(keep: Path, base: str, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         p99["32 of 32"].append(float(np.percentile(latencies(few, same), 99)))
         p99["32 of 10,000"].append(float(np.percentile(latencies(many, far), 99)))
-    few.close()
-    many.close()
+    for side in (few, many, served_alone, at_once):
+        side.close()
     return {
         "texts_per_s": rates,
         "p99_s": p99,
@@ -391,7 +442,12 @@ def resident(keep: Path, base: str, rounds: int) -> dict[str, Any]:
             "p99, 10,000 in memory against 32": statistics.median(
                 a / b for a, b in zip(p99["32 of 10,000"], p99["32 of 32"], strict=True)
             ),
-            "throughput, 32 adapters in a request against one merged model": ratio(rates, "32 of 32", "merged"),
+            "throughput, 32 adapters in a request against one merged model, both served": ratio(
+                rates, "32 of 32", "merged, served"
+            ),
+            "throughput, 32 adapters in a request against one merged model that predicts, both handed all texts": ratio(
+                rates, "32 of 32, all texts at once", "merged, all texts at once"
+            ),
             "memory of an adapter, of its tensors": adapter.bytes / tensors,
             "memory that the process grew for 10,000, of their tensors": grown / (RESIDENT * tensors),
         },

@@ -1,11 +1,12 @@
 """Single training steps: trimtab's fast forward against stock transformers and peft, in one process, interleaved.
 
-    python benchmarks/steps.py [--rounds 3]
+    python benchmarks/steps.py [--rounds 3] [--parts roberta,short_texts]
 
 roberta-base's shape (random weights; speed does not depend on them), 16 x 256 tokens: the step, and the share of the
 rate of a plain matrix product that it reaches. Short texts: one epoch of the 8,530 rotten_tomatoes sentences on MiniLM
 in batches of 16. trimtab without base dropout, stock with it, as its configs say. Writes
-benchmarks/results/steps-KIND.json. Needs the extra `demo`; takes about 15 minutes on two AVX2 cores.
+benchmarks/results/steps-KIND.json, a part as soon as it is done. Needs the extra `demo`; takes about 20 minutes on two
+AVX2 cores.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from record import kind, write
+from record import commit, kind, read, write
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from trimtab import batching, data, demo, forward, tokens
@@ -86,9 +87,14 @@ def needed_flops(layers: int, width: int, inner: int) -> float:
 
 
 def product_rate() -> float:
-    """FLOP/s of one large float32 product, the best of 5."""
-    a, b = torch.randn(4_096, 768), torch.randn(768, 3_072)
-    return float(2 * 4_096 * 768 * 3_072 / min(seconds(lambda: a @ b) for _ in range(6)))
+    """FLOP/s of one large float32 product, over 20 of them: what the machine keeps up, not what it does at its best."""
+    a, b, times = torch.randn(4_096, 768), torch.randn(768, 3_072), 20
+    return 2 * 4_096 * 768 * 3_072 * times / seconds(lambda: [a @ b for _ in range(times)])
+
+
+def against_stock(rounds: list[dict[str, float]]) -> float:
+    """The median of the ratios within rounds."""
+    return statistics.median(one["stock"] / one["ours"] for one in rounds)
 
 
 def roberta_step(rounds: int) -> dict[str, Any]:
@@ -104,14 +110,24 @@ def roberta_step(rounds: int) -> dict[str, Any]:
     optimizers = {name: torch.optim.AdamW(trainable(model).values()) for name, (_, model) in sides.items()}
     found: list[dict[str, float]] = []
     for _ in range(rounds + 1):  # the first warms up
-        one = {"flops_per_s": product_rate()}
+        one, rates = {}, [product_rate()]
         for name, (run, model) in sides.items():
             one[name] = seconds(
                 lambda run=run, model=model, name=name: step(run, model, optimizers[name], encoded, rows)
             )  # type: ignore[misc]
+            rates.append(product_rate())
+        one["flops_per_s"] = statistics.mean(rates[:2])  # before and after ours
         one["share"] = needed_flops(12, 768, 3_072) / one["ours"] / one["flops_per_s"]
         found.append(one)
-    return {"needed_flops": needed_flops(12, 768, 3_072), "rounds": found[1:]}
+    found = found[1:]
+    return {
+        "needed_flops": needed_flops(12, 768, 3_072),
+        "rounds": found,
+        "ratios": {
+            "roberta-base's shape, 16 x 256, against stock": against_stock(found),
+            "the same, share of the matrix-product rate": statistics.median(one["share"] for one in found),
+        },
+    }
 
 
 def short_texts(rounds: int) -> dict[str, Any]:
@@ -136,34 +152,24 @@ def short_texts(rounds: int) -> dict[str, Any]:
                 step(run, model, optimizer, encoded, rows)
             one[name] = time.perf_counter() - began
         found.append(one)
-    return {"rows": len(texts), "tokens": len(encoded.ids), "rounds": found}
+    ratios = {"short texts, one epoch, against stock": against_stock(found)}
+    return {"rows": len(texts), "tokens": len(encoded.ids), "rounds": found, "ratios": ratios}
+
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {"roberta": roberta_step, "short_texts": short_texts}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", default=",".join(PARTS))
     asked = parser.parse_args()
     placed = place(RuntimeSettings(device="cpu"))
-    large, short = roberta_step(asked.rounds), short_texts(asked.rounds)
-    write(
-        f"steps-{kind()}",
-        {
-            "threads": placed.threads,
-            "ratios": {
-                "roberta-base's shape, 16 x 256, against stock": statistics.median(
-                    one["stock"] / one["ours"] for one in large["rounds"]
-                ),
-                "the same, share of the matrix-product rate": statistics.median(
-                    one["share"] for one in large["rounds"]
-                ),
-                "short texts, one epoch, against stock": statistics.median(
-                    one["stock"] / one["ours"] for one in short["rounds"]
-                ),
-            },
-            "roberta": large,
-            "short_texts": short,
-        },
-    )
+    parts = read(f"steps-{kind()}").get("parts", {})
+    for name in asked.parts.split(","):
+        parts[name] = {"commit": commit(), **PARTS[name](asked.rounds)}
+        ratios = {key: value for one in parts.values() for key, value in one["ratios"].items()}
+        write(f"steps-{kind()}", {"threads": placed.threads, "parts": parts, "ratios": ratios})
 
 
 if __name__ == "__main__":
