@@ -44,6 +44,21 @@ def test_what_is_no_time_is_refused(text: str) -> None:
         estimate.parse_budget(text)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "tried"),
+    [
+        ([256, 40, 256, 256, 90, 256, 256, 256], [256, 256, 256, 256]),
+        ([300, 310, 320, 330, 340], [310, 320]),
+        ([20, 30, 40], [20, 30]),
+        ([600, 500, 700], [600]),
+        ([2_000], [2_000]),
+    ],
+)
+def test_rows_of_middle_length_are_tried_out_as_many_on_each_core(lengths: list[int], tried: list[int]) -> None:
+    rows = np.arange(len(lengths))[::-1]
+    assert np.array(lengths)[estimate._middle(rows, np.array(lengths))].tolist() == tried
+
+
 class TestWithin:
     def test_enough_time_changes_nothing(self) -> None:
         assert estimate.within(400, A_RUN, 1_000, 100) == {}
