@@ -4,7 +4,7 @@
 
 Each round runs every side once, with a seed of its own, each in a process of its own. They take turns of seconds,
 and who has no turn is stopped (SIGSTOP); ratios are taken within a round and their median over the rounds is what
-counts. Three rounds take about an hour and a half on two AVX2 cores. Writes benchmarks/results/training-KIND.json after
+counts. Three rounds take about two hours on two AVX2 cores. Writes benchmarks/results/training-KIND.json after
 every round, KIND = bf16 or avx2, with the machine and the commit. What has finished is kept in DIR: a second call goes
 on from there, and accuracy.py judges the adapters. Needs the extra `demo`.
 """

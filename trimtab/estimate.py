@@ -162,7 +162,7 @@ def _middle(rows: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.
 
 
 def _seconds(action: Callable[[], object]) -> float:
-    """The median of seven times, or of those that patience allows."""
+    """The median of `_MOST_TIMES`, or of those that patience allows."""
     found: list[float] = []
     while len(found) < _MOST_TIMES and sum(found) < _PATIENCE_S:
         interrupts.check()
