@@ -11,22 +11,27 @@ import numpy.typing as npt
 
 from trimtab.classification import calibration_error, mean_loss
 
-_FEWEST_ROWS = 100  # fewer leave the temperature to chance: it stays 1
-_LOWEST, _HIGHEST = 0.5, 20.0  # rows without a mistake would ask for ever more certainty
+# What is believed of log(temperature) before a row is seen: normal around 0. With 1, temperatures fitted on 5 to 100
+# rows brought the calibration error of runs that needed 0.75 and of runs that needed 6 below that of 1; with 2, or
+# without a belief, 5 rows were too few for that; with 0.5, runs that needed 6 were not mended by 40 rows.
+_SPREAD = 1.0
+_HIGHEST = 20.0  # the search's, and its inverse the lowest
 _SEED = 0
 
 
-def fit_temperature(
-    logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], *, fewest: int = _FEWEST_ROWS
-) -> float:
-    """What logits float32[n, C] are divided by, so that labels int64[n] are most likely; 1 for too few rows."""
-    if len(labels) < fewest:
+def fit_temperature(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> float:
+    """What logits float32[n, C] are divided by: the most likely temperature, given labels int64[n].
+
+    It is 1 without rows, and near 1 where few of them say otherwise: rows without a mistake alone would ask for ever
+    more certainty.
+    """
+    if not len(labels):
         return 1.0
     from scipy.optimize import minimize_scalar
 
     found = minimize_scalar(
-        lambda log: mean_loss(logits / np.float32(np.exp(log)), labels),
-        bounds=(np.log(_LOWEST), np.log(_HIGHEST)),
+        lambda log: mean_loss(logits / np.float32(np.exp(log)), labels) + (log / _SPREAD) ** 2 / (2 * len(labels)),
+        bounds=(-np.log(_HIGHEST), np.log(_HIGHEST)),
         method="bounded",
     )
     return round(float(np.exp(found.x)), 4)
@@ -55,9 +60,7 @@ def judge(
         first, second = np.array_split(order, 2)
         cooled = logits.copy()
         for half, other in ((first, second), (second, first)):
-            # A half is judged as the whole is used: with a temperature wherever the whole has one.
-            fewest = 1 if len(labels) >= _FEWEST_ROWS else len(labels)
-            cooled[half] /= np.float32(fit_temperature(logits[other], labels[other], fewest=fewest))
+            cooled[half] /= np.float32(fit_temperature(logits[other], labels[other]))
     return {
         "temperature": temperature,
         "fitted_rows": len(eval_labels),

@@ -62,8 +62,6 @@ def calibration_lines(scores: Mapping[str, Any]) -> list[str]:
     """What the temperature does to scores, on rows that it was not fitted on."""
     if not (found := scores.get("calibration")):
         return []
-    if found["temperature"] == 1.0:
-        return [f"scores are the model's own: {found['fitted_rows']} rows are too few to fit a temperature"]
     where = "the test rows" if found["reported_on"] == "test" else "halves of the evaluation rows, each by the other's"
     return [
         f"scores at temperature {found['temperature']:.2f}: calibration error {found['ece_before']:.3f} -> "
