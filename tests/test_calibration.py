@@ -79,7 +79,7 @@ def test_few_rows_move_it_little_and_the_right_way() -> None:
 def test_a_perfect_model_keeps_finite_scores() -> None:
     labels = np.arange(200) % 2
     logits = np.where(np.arange(2) == labels[:, None], 5.0, -5.0).astype(np.float32)
-    assert 0.3 < calibration.fit_temperature(logits, labels) < 1
+    assert 0.49 < calibration.fit_temperature(logits, labels) < 1
     assert np.isfinite(calibration.judge(logits, labels, None)["loss_after"])
 
 
