@@ -55,14 +55,6 @@ def test_vectors_are_the_same_on_both_forwards_and_know_nothing_of_lora(
             assert torch.allclose(vectors(one), before, atol=1e-5)
 
 
-def test_a_sentence_encoder_of_first_tokens_is_taken_at_its_word(bert: Path, tmp_path: Path) -> None:
-    assert not baselines._first_only(bert)
-    folder = tmp_path / "1_Pooling"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"pooling_mode_cls_token": true}', "utf-8")
-    assert baselines._first_only(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory, bert: Path, quick_module: None) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("told")

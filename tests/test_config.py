@@ -148,7 +148,7 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "train.class_weights": st.sampled_from(["none", "auto"]),
     "train.group_by_length": st.booleans(),
     "train.baselines": st.booleans(),
-    "train.head_start": st.sampled_from(["random", "probe"]),
+    "train.head_start": st.sampled_from(["auto", "random", "probe", "sentence"]),
     "train.log_every_steps": st.integers(1),
     "train.save_every_s": st.floats(0, exclude_min=True, allow_infinity=False),
     "train.seed": SEED,

@@ -1,6 +1,7 @@
 """What a run will cost: the arithmetic, the budget, the refusal. How close it comes is a matter of benchmarks/."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from trimtab import cli, config, device, estimate, training
 from trimtab.device import Placement
 from trimtab.errors import RecipeError, ResourceError
-from trimtab.estimate import Estimate, Speed
+from trimtab.estimate import Ahead, Estimate, Speed
 
 STEADY = Speed(train_seconds=1e-8, eval_seconds=4e-9, train_bytes=1e6, eval_bytes=1e4, resident_bytes=10**9)
 A_RUN = Estimate(
@@ -74,6 +75,17 @@ class TestWithin:
         assert 2 * (100 * rows / 1_000 + 10) <= 120
         assert 2 * (100 * (rows + 20) / 1_000 + 10) > 0.95 * 120, "no more is left out than must be"
 
+    def test_sentence_vectors_are_left_out_before_a_row_is_and_kept_where_two_epochs_fit_beside_them(self) -> None:
+        taught = replace(A_RUN, sentence_seconds=80.0, probe_seconds=20.0)
+        assert estimate.within(460, taught, 1_000, 100) == {}
+        assert estimate.within(350, taught, 1_000, 100) == {"train.num_epochs": 2}
+        assert estimate.within(300, taught, 1_000, 100) == {"train.head_start": "probe", "train.num_epochs": 2}
+        fewer = estimate.within(120, taught, 1_000, 100)
+        assert fewer.keys() == {"train.head_start", "train.num_epochs", "data.limit_train"}
+        assert fewer["data.limit_train"] == estimate.within(120 - 20 / 0.95, A_RUN, 1_000, 100)["data.limit_train"]
+        brief = replace(taught, epochs=1)
+        assert estimate.within(140, brief, 1_000, 100) == {"train.head_start": "probe"}
+
     def test_evaluation_gets_at_most_a_fifth(self) -> None:
         judged = Estimate(**{**A_RUN.__dict__, "eval_seconds": 100.0})
         values = estimate.within(240, judged, 1_000, 5_000)
@@ -88,6 +100,11 @@ class TestWithin:
             estimate.within(20, A_RUN, 1_000, 100)
         named = float(refused.value.mend.partition("--budget ")[2].partition("s")[0])
         assert estimate.within(named, A_RUN, 1_000, 100)["data.limit_train"]
+        started = replace(A_RUN, sentence_seconds=80.0, probe_seconds=50.0)
+        with pytest.raises(RecipeError, match="2 epochs of 100 rows") as refused:
+            estimate.within(20, started, 1_000, 100)
+        named = float(refused.value.mend.partition("--budget ")[2].partition("s")[0])
+        assert estimate.within(named, started, 1_000, 100)["data.limit_train"]
 
     def test_small_files_are_never_drawn_from_below_their_size(self) -> None:
         with pytest.raises(RecipeError, match="2 epochs of 60 rows"):
@@ -99,9 +116,9 @@ def test_padding_costs_time_where_it_is_computed(csv_file: Path, bert: Path) -> 
     ready = training.make_ready(training.resolve(small(csv_file, bert)))
     short, long = estimate.work(ready.model, lengths)
     assert long > 4 * short, "pairs of tokens count too"
-    fast = estimate.estimate(ready.job, ready.model, ready.engine, ready.trunk, STEADY)
+    fast = estimate.estimate(ready.job, ready.model, ready.engine, ready.trunk, Ahead(), STEADY)
     slow = training.make_ready(training.resolve(small(csv_file, bert, runtime__fast="off")))
-    stock = estimate.estimate(slow.job, slow.model, slow.engine, slow.trunk, STEADY)
+    stock = estimate.estimate(slow.job, slow.model, slow.engine, slow.trunk, Ahead(), STEADY)
     assert stock.train_seconds > fast.train_seconds
     assert fast.steps == 2 * 6
     assert fast.train_seconds == pytest.approx(2 * (fast.epoch_seconds + fast.eval_seconds))

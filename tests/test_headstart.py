@@ -1,5 +1,6 @@
-"""A head that begins as a linear probe of the base."""
+"""A new head that begins with what the base knows."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import reviews, write_csv
-from sklearn.linear_model import LogisticRegression
-from test_training import small
+from test_training import contents, small
 
-from trimtab import build, headstart, resolve, training
+from trimtab import baselines, build, headstart, logistic, resolve, training
 from trimtab.classification import compute_logits, mean_loss
+from trimtab.estimate import Ahead
 from trimtab.forward import stock
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -20,6 +21,19 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def three_labels(rows: int) -> list[tuple[str, str]]:
     return [(text, label if i % 3 else "none") for i, (text, label) in enumerate(reviews(rows))]
+
+
+@pytest.fixture
+def sentence_bert(bert: Path, tmp_path: Path) -> Path:
+    """A base whose folder says that it speaks in the mean of its tokens."""
+    return pooled(bert, tmp_path / "sentence", '{"pooling_mode_mean_tokens": true}')
+
+
+def pooled(base: Path, folder: Path, said: str) -> Path:
+    shutil.copytree(base, folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(said, "utf-8")
+    return folder
 
 
 def ready(file: Path, base: Path, **settings: object) -> build.Ready:
@@ -42,7 +56,7 @@ def test_the_answers_are_those_of_logistic_regression_on_what_the_last_layer_see
     encoded = one.job.train.encoded
     with torch.no_grad():
         logits = stock(one.model, one.job.tokenizer.pad_id)(encoded, np.arange(len(encoded))).numpy()
-    probe = LogisticRegression(C=1.0, max_iter=500).fit(torch.cat(seen).numpy(), encoded.labels)
+    probe, _ = logistic.fit(torch.cat(seen).numpy(), encoded.labels)
     theirs = probe.decision_function(torch.cat(seen).numpy())
     ours = logits[:, 1] - logits[:, 0] if labels == 2 else logits - logits.mean(axis=1, keepdims=True)
     assert np.allclose(ours, theirs if labels == 2 else theirs - theirs.mean(axis=1, keepdims=True), atol=6e-2)
@@ -81,6 +95,92 @@ def test_it_pays_before_the_first_step_and_changes_no_lora(tmp_path: Path, bert:
     encoded = warm.job.eval.encoded
     logits = [compute_logits(one.engine.forward, encoded) for one in (cold, warm)]
     assert mean_loss(logits[1], encoded.labels) < mean_loss(logits[0], encoded.labels)
+
+
+def nearness(one: build.Ready, wanted: Any) -> float:
+    """The mean cosine of first tokens to vectors, over the training rows."""
+    encoded = one.job.train.encoded
+    assert one.engine.encoder is not None
+    states = headstart._states(one.engine.encoder, encoded, np.arange(len(encoded)))
+    return float(torch.cosine_similarity(torch.from_numpy(states), torch.from_numpy(wanted)).mean())
+
+
+def test_the_first_token_learns_the_sentence_vector_of_the_frozen_base(csv_file: Path, sentence_bert: Path) -> None:
+    one = ready(csv_file, sentence_bert)
+    assert one.job.recipe.train.head_start == "sentence"
+    encoded, vectors = one.job.train.encoded, one.engine.vectors
+    assert vectors is not None
+    wanted = baselines.encoder(vectors, sentence_bert)(encoded, np.arange(len(encoded)))
+    frozen = {name: p.detach().clone() for name, p in one.model.named_parameters() if not p.requires_grad}
+    before = nearness(one, wanted)
+    assert "after LoRA learned the base's sentence vectors in 100 steps" in headstart.start_head(one)
+    assert 1 - nearness(one, wanted) < 0.5 * (1 - before)
+    assert all(torch.equal(frozen[name], one.model.get_parameter(name)) for name in frozen)
+    assert np.array_equal(baselines.encoder(vectors, sentence_bert)(encoded, np.arange(len(encoded))), wanted)
+
+
+@pytest.mark.parametrize(
+    ("said", "settings", "start"),
+    [
+        ('{"pooling_mode_mean_tokens": true}', {}, "sentence"),
+        ('{"pooling_mode": "mean"}', {}, "sentence"),
+        ('{"pooling_mode_mean_tokens": true}', {"lora__layers": "top:1"}, "probe"),
+        ('{"pooling_mode_mean_tokens": true}', {"train__head_start": "random"}, "random"),
+        ('{"pooling_mode_cls_token": true}', {}, "probe"),
+        ("[]", {}, "probe"),
+    ],
+)
+def test_how_a_head_starts_by_itself(
+    csv_file: Path, bert: Path, tmp_path: Path, said: str, settings: dict[str, object], start: str
+) -> None:
+    base = pooled(bert, tmp_path / "base", said)
+    assert ready(csv_file, base, **settings).job.recipe.train.head_start == start
+
+
+def test_lora_of_another_adapter_is_not_taught_anew(csv_file: Path, sentence_bert: Path, tmp_path: Path) -> None:
+    brief = {"train__num_epochs": 1, "train__head_start": "random"}
+    first = training.train(small(csv_file, sentence_bert, **brief), out=str(tmp_path / "first"))
+    assert ready(csv_file, sentence_bert, lora__init_from=str(first.path)).job.recipe.train.head_start == "probe"
+    asked = ready(csv_file, sentence_bert, train__head_start="sentence", lora__init_from=str(first.path))
+    object.__setattr__(asked, "head_is_new", True)
+    lora = {name: p.detach().clone() for name, p in asked.model.named_parameters() if "lora_" in name}
+    assert "sentence" not in headstart.start_head(asked)
+    assert all(torch.equal(lora[name], asked.model.get_parameter(name)) for name in lora)
+
+
+def test_what_comes_before_the_first_step_is_in_the_estimate(csv_file: Path, sentence_bert: Path) -> None:
+    assert headstart.work_ahead(ready(csv_file, sentence_bert, train__head_start="random")) == Ahead()
+    assert headstart.work_ahead(ready(csv_file, sentence_bert, runtime__fast="off")) == Ahead()
+    found = headstart.work_ahead(ready(csv_file, sentence_bert))
+    assert len(found.taught) == 100
+    assert [len(rows) for rows in found.probed] == [86]
+    probed = training.plan(small(csv_file, sentence_bert, train__head_start="probe")).estimate
+    taught = training.plan(small(csv_file, sentence_bert)).estimate
+    assert probed.probe_seconds > 0 == probed.sentence_seconds
+    assert taught.sentence_seconds > taught.probe_seconds > 0
+    for one in (probed, taught):
+        epochs = one.epochs * (one.epoch_seconds + one.eval_seconds)
+        assert one.train_seconds == pytest.approx(one.probe_seconds + one.sentence_seconds + epochs)
+
+
+def test_a_run_that_goes_on_starts_no_head_again(csv_file: Path, sentence_bert: Path, tmp_path: Path) -> None:
+    layered = small(csv_file, sentence_bert, train__save_every_s=1e-9)
+    whole = training.train(layered, out=str(tmp_path / "whole"))
+
+    def stop_at(event: str) -> Any:
+        def stop(found: Any) -> None:
+            if found["event"] == event:
+                raise KeyboardInterrupt
+
+        return stop
+
+    for event, heads in (("head", 1), ("checkpoint", 0)):  # before the first checkpoint, and after it
+        with pytest.raises(KeyboardInterrupt):
+            training.train(layered, out=str(tmp_path / event), observe=stop_at(event))
+        told: list[str] = []
+        resumed = training.resume(tmp_path / event, observe=lambda found, told=told: told.append(found["event"]))  # type: ignore[misc]
+        assert told.count("head") == heads
+        assert contents(whole.adapter) == contents(resumed.adapter)
 
 
 def test_a_label_without_training_rows_does_not_stop_it() -> None:

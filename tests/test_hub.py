@@ -19,7 +19,7 @@ from hub import Hub, serve_hub
 from trimtab import hub as trimtab_hub
 from trimtab.config import MINILM
 from trimtab.errors import BaseModelError, DataError
-from trimtab.hub import MINILM_WEIGHTS, fetch_data_file, find_base, find_recorded_base
+from trimtab.hub import MINILM_WEIGHTS, fetch_data_file, find_base, find_recorded_base, pooling
 
 ROOT = Path(trimtab_hub.__file__).resolve().parent.parent
 
@@ -457,3 +457,21 @@ def test_a_recorded_base_that_changed_is_passed_over_and_everything_tried_is_nam
     assert "other weights" in tried[1]
     assert "owner/base" in tried[2]
     assert "HF_HUB_OFFLINE" in tried[2]
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ('{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": false}', "mean"),
+        ('{"pooling_mode_cls_token": true}', "first"),
+        ('{"pooling_mode": "cls"}', "first"),
+        ('{"pooling_mode_max_tokens": true}', ""),
+        ("not json", ""),
+        (None, ""),
+    ],
+)
+def test_a_sentence_encoder_says_how_it_makes_one_vector(tmp_path: Path, said: str | None, found: str) -> None:
+    if said is not None:
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling" / "config.json").write_text(said, "utf-8")
+    assert pooling(tmp_path) == found

@@ -3,8 +3,6 @@
 All of them learn from the rows that the adapter learns from, and answer the rows that it is judged on.
 """
 
-import json
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trimtab import estimate, interrupts
+from trimtab import estimate, interrupts, logistic
 from trimtab.batching import evaluation_plan
 from trimtab.classification import wilson
 from trimtab.forward import Vectors
+from trimtab.hub import pooling
 from trimtab.paired import paired
 from trimtab.resolve import Job, Part
 from trimtab.tokens import Encoded
 
-_CS = (1.0, 10.0)  # inverse strengths of regularisation to choose from
-_FOLDS = 3
 _SEED = 0
 _MOST_COEFFICIENTS = 4_000_000  # labels times words; the solver holds some 25 copies of them in float64
 _MOST_CHARACTERS = 60_000_000  # of text that words are counted in, about 45,000 film reviews
@@ -105,7 +102,7 @@ def _tfidf(job: Job, scored: Part) -> Baseline:
         learned = counter.fit_transform([job.train.examples[row].text for row in rows])
     except ValueError:  # no text has a word: always the commonest label
         commonest = np.bincount(job.train.encoded.labels).argmax()
-        return Baseline(np.full(len(scored.examples), commonest), _CS[0], len(rows))
+        return Baseline(np.full(len(scored.examples), commonest), logistic.CS[0], len(rows))
     asked = counter.transform([example.text for example in scored.examples])
     answers, c = _logistic(learned, job.train.encoded.labels[rows], asked)
     return Baseline(answers, c, len(rows))
@@ -124,8 +121,8 @@ def _probe(job: Job, scored: Part, vectors: Vectors, model: Any, epochs: int) ->
 
 
 def encoder(vectors: Vectors, base: Path) -> Callable[[Encoded, npt.NDArray[np.int64]], npt.NDArray[np.float32]]:
-    """From rows to the base's own sentence vectors, pooled as its folder says."""
-    first_only = _first_only(base)
+    """From rows to the base's own sentence vectors, pooled as its folder says; the mean where it says nothing."""
+    first_only = pooling(base) == "first"
 
     def encode(encoded: Encoded, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Vectors float32[n, D] of length 1."""
@@ -143,15 +140,6 @@ def encoder(vectors: Vectors, base: Path) -> Callable[[Encoded, npt.NDArray[np.i
     return encode
 
 
-def _first_only(base: Path) -> bool:
-    """Whether a sentence encoder says that its first token speaks for the text; all others take the mean."""
-    try:
-        said = json.loads((base / "1_Pooling" / "config.json").read_bytes())
-        return bool(said.get("pooling_mode_cls_token")) or said.get("pooling_mode") == "cls"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def _sample(rows: int, share: float) -> npt.NDArray[np.int64]:
     """All rows, or a share of them drawn at random, at least one."""
     if share >= 1:
@@ -161,27 +149,7 @@ def _sample(rows: int, share: float) -> npt.NDArray[np.int64]:
 
 def _logistic(learned: Any, labels: npt.NDArray[np.int64], asked: Any) -> tuple[npt.NDArray[np.int64], float]:
     """Fits on learned [n, D] and labels int64[n], answers asked [m, D]; returns the answers and the chosen C."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold
-
     if len(np.unique(labels)) == 1:
-        return np.full(asked.shape[0], labels[0]), _CS[0]
-
-    def fit(c: float, rows: npt.NDArray[np.int64]) -> Any:
-        interrupts.check()
-        return LogisticRegression(C=c, max_iter=1_000).fit(learned[rows], labels[rows])
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.simplefilter("ignore", UserWarning)  # of a class with fewer rows than folds
-        right = dict.fromkeys(_CS, 0)
-        if np.bincount(labels).max() >= _FOLDS:
-            folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=_SEED)
-            for known, held in folds.split(np.zeros(len(labels)), labels):
-                if len(np.unique(labels[known])) > 1:
-                    for c in _CS:
-                        right[c] += int((fit(c, known).predict(learned[held]) == labels[held]).sum())
-        best = max(_CS, key=lambda c: right[c])
-        answers: npt.NDArray[np.int64] = fit(best, np.arange(len(labels))).predict(asked)
-    return answers, best
+        return np.full(asked.shape[0], labels[0]), logistic.CS[0]
+    fitted, c = logistic.fit(learned, labels)
+    return fitted.predict(asked), c

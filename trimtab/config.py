@@ -153,7 +153,7 @@ class TrainSettings(Section):
     """The loop."""
 
     num_epochs: Annotated[int, Field(ge=1)] | Auto = Field(
-        "auto", description="auto: 3, more where 400 steps need it, at most 20."
+        "auto", description="auto: 3, more where 200 steps need it, at most 20."
     )
     batch_size: int = Field(16, ge=1, description="Rows a step.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches an optimizer step.")
@@ -172,8 +172,10 @@ class TrainSettings(Section):
     class_weights: Literal["none", "auto"] = Field(
         "none", description="auto: a row weighs n / (classes x rows of its class); evaluation is never weighed."
     )
-    head_start: Literal["random", "probe"] = Field(
-        "probe", description="How a new head begins: as a linear probe of the frozen base, or at random."
+    head_start: Literal["auto", "random", "probe", "sentence"] = Field(
+        "auto",
+        description="How a new head begins: at random; as a linear probe of the base; as one after LoRA learned the "
+        "base's sentence vectors. auto: sentence for a base that takes the mean of its tokens, else probe.",
     )
     baselines: bool = Field(True, description="Judge counted words and the untrained base on the same rows.")
     group_by_length: bool = Field(True, description="Put texts of similar length into a batch.")

@@ -6,8 +6,8 @@ machine busy are in the figure, and no table of machines has to be right. A few 
 
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,16 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """What is computed of training rows before the first step, as batches of their numbers: the start of a new head."""
+
+    probed: Sequence[npt.NDArray[np.int64]] = ()
+    """Passed forward."""
+    taught: Sequence[npt.NDArray[np.int64]] = ()
+    """Passed forward, then trained on."""
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a run will take."""
 
@@ -63,12 +73,16 @@ class Estimate:
     available_bytes: int
     """That the machine or its container had left when this was told."""
     trunk_seconds: float = 0.0
-    """Before the first step: the layers below LoRA once for all rows, where they are kept and are not yet."""
+    """Before training: the layers below LoRA once for all rows, where they are kept and are not yet."""
+    probe_seconds: float = 0.0
+    """Before the first step: the probe that a new head begins as."""
+    sentence_seconds: float = 0.0
+    """Before the probe: LoRA learns sentence vectors."""
 
     @property
     def train_seconds(self) -> float:
-        """From the first step to the last evaluation, as `train_seconds` of a finished run."""
-        return self.epochs * (self.epoch_seconds + self.eval_seconds)
+        """From the start of the head to the last evaluation, as `train_seconds` of a finished run."""
+        return self.sentence_seconds + self.probe_seconds + self.epochs * (self.epoch_seconds + self.eval_seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """For events and programs."""
@@ -78,6 +92,7 @@ class Estimate:
             "eval_seconds": round(self.eval_seconds, 1),
             "test_seconds": round(self.test_seconds, 1),
             "trunk_seconds": round(self.trunk_seconds, 1),
+            "head_start_seconds": round(self.sentence_seconds + self.probe_seconds, 1),
             "epochs": self.epochs,
             "steps": self.steps,
             "peak_bytes": self.peak_bytes,
@@ -172,11 +187,11 @@ def _seconds(action: Callable[[], object]) -> float:
     return float(np.median(found))
 
 
-def estimate(job: Job, model: Any, engine: Engine, trunk: Trunk, speed: Speed) -> Estimate:
+def estimate(job: Job, model: Any, engine: Engine, trunk: Trunk, ahead: Ahead, speed: Speed) -> Estimate:
     """What the whole run takes at that speed."""
     pads = engine.name != "fast"
 
-    def units(lengths: npt.NDArray[np.int64], batches: list[npt.NDArray[np.int64]]) -> float:
+    def units(lengths: npt.NDArray[np.int64], batches: Sequence[npt.NDArray[np.int64]]) -> float:
         computed = [np.full(len(rows), lengths[rows].max()) if pads else lengths[rows] for rows in batches]
         return float(work(model, np.concatenate(computed)).sum()) if computed else 0.0
 
@@ -202,6 +217,8 @@ def estimate(job: Job, model: Any, engine: Engine, trunk: Trunk, speed: Speed) -
         available_bytes=available_memory(),
         trunk_seconds=sum(float(work(model, entry.texts.lengths).sum()) for entry in missing(trunk))
         * speed.trunk_seconds,
+        probe_seconds=units(lengths, ahead.probed) * speed.eval_seconds,
+        sentence_seconds=units(lengths, ahead.taught) * (speed.eval_seconds + speed.train_seconds),
     )
 
 
@@ -251,9 +268,10 @@ def parse_budget(text: str) -> float:
 def within(budget: float, found: Estimate, rows: int, eval_rows: int) -> dict[str, object]:
     """Settings with which a run of so many rows takes at most `budget` seconds of training: epochs first, then rows.
 
-    What is done once for all epochs, the layers below LoRA where they are kept, belongs to it. Rows are worth more than
-    a third pass over the same ones, so epochs go down to two before a row is left out. Evaluation gets at most a fifth
-    of the time, and both parts keep 100 rows: less judges nothing.
+    What is done once for all epochs belongs to it: the layers below LoRA where they are kept, and the start of a head.
+    Rows are worth more than a third pass over the same ones, so epochs go down to two, then LoRA learns no sentence
+    vectors, and then rows are left out. Evaluation gets at most a fifth of the time, and both parts keep 100 rows: less
+    judges nothing.
 
     Raises:
         RecipeError: two epochs of 100 rows take longer.
@@ -261,8 +279,14 @@ def within(budget: float, found: Estimate, rows: int, eval_rows: int) -> dict[st
     budget *= _SPARE
     if found.trunk_seconds + found.train_seconds <= budget:
         return {}
-    epochs = min(found.epochs, _FEWEST_EPOCHS)
     values: dict[str, object] = {}
+    epochs = min(found.epochs, _FEWEST_EPOCHS)
+    if found.sentence_seconds and found.trunk_seconds + replace(found, epochs=epochs).train_seconds > budget:
+        values["train.head_start"] = "probe"
+        found = replace(found, sentence_seconds=0.0)
+        if found.trunk_seconds + found.train_seconds <= budget:
+            return values
+    budget -= found.probe_seconds + found.sentence_seconds
     pass_seconds = found.eval_seconds
     if epochs * pass_seconds > _EVALUATION_SHARE * budget:
         fewer = max(min(eval_rows, _FEWEST_ROWS), int(eval_rows * _EVALUATION_SHARE * budget / (epochs * pass_seconds)))
@@ -276,7 +300,8 @@ def within(budget: float, found: Estimate, rows: int, eval_rows: int) -> dict[st
         an_epoch = found.epoch_seconds + found.trunk_seconds / epochs
         left = int(rows * (budget / epochs - pass_seconds) / an_epoch)
         if left < min(rows, _FEWEST_ROWS):
-            shortest = epochs * (an_epoch * min(rows, _FEWEST_ROWS) / rows + pass_seconds) / _SPARE
+            shortest = epochs * (an_epoch * min(rows, _FEWEST_ROWS) / rows + pass_seconds) + found.probe_seconds
+            shortest /= _SPARE
             raise RecipeError(
                 "budget.too_short",
                 f"{epochs} epochs of {min(rows, _FEWEST_ROWS)} rows take about {shortest:.0f} s here.",

@@ -1,4 +1,4 @@
-"""A head that begins as a linear probe of the base instead of at random.
+"""A new head that begins with what the base knows instead of at random.
 
 A new head is noise, and while it learns it pulls at features that were good. Fitted first, on the frozen base, it does
 not (linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054). It matters most where rows are few and
@@ -7,39 +7,58 @@ labels many.
 The heads of the BERT family are two layers over the first token. The first one stays as the base brought it; where it
 is trained, it becomes the identity, scaled so that its activation bends little. The second one is what logistic
 regression makes of what comes out.
+
+A sentence encoder that speaks in the mean of its tokens was never taught to say anything in its first one. There LoRA
+learns, before any label is looked at, to say in the first token what the frozen base says in the mean: a probe fitted
+then is as good as one on sentence vectors.
 """
 
-import warnings
+from itertools import chain, count, islice
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import cosine_similarity
 
-from trimtab import interrupts
+from trimtab import baselines, interrupts, logistic
 from trimtab.batching import evaluation_plan
 from trimtab.build import Ready
+from trimtab.estimate import Ahead
 from trimtab.fast import encoder
 from trimtab.fast.encoder import Encoder, Head
+from trimtab.loop import schedule
 from trimtab.tokens import Encoded
 
 _MOST_ROWS = 2_000  # that the probe learns from; more teach a head little that training does not
-_C = 1.0
+_SENTENCE_STEPS = 100  # with which LoRA learns the sentence vectors
+_WARMUP_RATIO = 0.1
+_MAX_NORM = 1.0
 _REACH = 0.5  # standard deviation of what goes into the activation: tanh is nearly straight there
 _SEED = 0
 _LIFT = {"distilbert": 3.0, "electra": 3.0}  # relu and gelu are straight above zero only
 
 
+def work_ahead(ready: Ready) -> Ahead:
+    """What `start_head` will compute, for an estimate."""
+    if ready.job.recipe.train.head_start == "random" or not ready.head_is_new or ready.engine.encoder is None:
+        return Ahead()
+    return Ahead(probed=[_probe_rows(ready.job.train.encoded)], taught=_sentence_batches(ready))
+
+
 def start_head(ready: Ready) -> str:
     """Fits the head of a model that is about to be trained; returns what was done, for people."""
-    engine, recipe = ready.engine, ready.job.recipe
-    if recipe.train.head_start == "random":
+    engine, encoded = ready.engine, ready.job.train.encoded
+    if ready.job.recipe.train.head_start == "random":
         return ""
     if not ready.head_is_new:
         return "the head starts as base or adapter brought it"
     if engine.encoder is None:
         return "the head starts at random: its layers are not known here"
-    head, encoded = engine.encoder.head, ready.job.train.encoded
-    rows = np.sort(np.random.default_rng(_SEED).permutation(len(encoded))[:_MOST_ROWS])
+    learned = ""
+    if batches := _sentence_batches(ready):
+        _learn_sentences(ready, engine.encoder, batches)
+        learned = f", after LoRA learned the base's sentence vectors in {len(batches)} steps"
+    head, rows = engine.encoder.head, _probe_rows(encoded)
     states = _states(engine.encoder, encoded, rows)
     with torch.no_grad():
         if head.dense.weight.requires_grad:
@@ -51,7 +70,41 @@ def start_head(ready: Ready) -> str:
         weight, bias = _logistic(inside, encoded.labels[rows], len(ready.job.labels))
         head.out.weight.copy_(torch.from_numpy(weight))
         head.out.bias.copy_(torch.from_numpy(bias))
-    return f"the head starts as a linear probe on {len(rows):,} rows"
+    return f"the head starts as a linear probe on {len(rows):,} rows{learned}"
+
+
+def _probe_rows(encoded: Encoded) -> npt.NDArray[np.int64]:
+    return np.sort(np.random.default_rng(_SEED).permutation(len(encoded))[:_MOST_ROWS])
+
+
+def _sentence_batches(ready: Ready) -> list[npt.NDArray[np.int64]]:
+    """The batches of training rows whose sentence vectors LoRA learns; none where it learns none.
+
+    LoRA that another adapter brought is not taught anew.
+    """
+    job = ready.job
+    if job.recipe.train.head_start != "sentence" or job.warm_start:
+        return []
+    return list(islice(chain.from_iterable(job.batches(epoch) for epoch in count()), _SENTENCE_STEPS))
+
+
+def _learn_sentences(ready: Ready, built: Encoder, batches: list[npt.NDArray[np.int64]]) -> None:
+    """Teaches LoRA to say in the first token what the frozen base says in its sentence vector: 1 - cosine, AdamW."""
+    assert ready.engine.vectors is not None
+    encoded, matrices = ready.job.train.encoded, encoder.lora_matrices(built)
+    rows = np.unique(np.concatenate(batches))
+    vectors = torch.from_numpy(baselines.encoder(ready.engine.vectors, ready.job.base.folder)(encoded, rows))
+    optimizer = torch.optim.AdamW(matrices, weight_decay=0.0)
+    for step, batch in enumerate(batches):
+        interrupts.check()
+        first = encoder.learning_first_tokens(built, encoder.cut(encoded.ids, encoded.offsets, batch))
+        wanted = vectors[np.searchsorted(rows, batch)]
+        (1 - cosine_similarity(first.float(), wanted)).mean().backward()  # type: ignore[no-untyped-call]
+        if torch.nn.utils.clip_grad_norm_(matrices, _MAX_NORM).isfinite():
+            rate = float(ready.job.recipe.train.learning_rate)
+            optimizer.param_groups[0]["lr"] = rate * schedule(step, len(batches), _WARMUP_RATIO)
+            optimizer.step()
+        optimizer.zero_grad()
 
 
 def _states(built: Encoder, encoded: Encoded, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -80,16 +133,11 @@ def _logistic(
     inside: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], classes: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Weight [C, D] and bias [C] of logistic regression; a label without rows gets none and the lowest bias."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
     present = np.unique(labels)
     weight, bias = np.zeros((classes, inside.shape[1]), np.float32), np.zeros(classes, np.float32)
     if len(present) == 1:
         return weight, bias
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = LogisticRegression(C=_C, max_iter=500).fit(inside, labels)
+    fitted, _ = logistic.fit(inside, labels)
     if len(present) == 2:  # one row of coefficients stands for two labels
         weight[present], bias[present] = fitted.coef_ * [[-0.5], [0.5]], fitted.intercept_ * [-0.5, 0.5]
     else:

@@ -75,6 +75,17 @@ def find_base(name: str) -> Base:
     raise AssertionError("_places yields or raises")
 
 
+def pooling(folder: Path) -> str:
+    """How a base that is a sentence encoder makes one vector of a text: `first` token or `mean`; empty: it is none."""
+    try:
+        said = json.loads((folder / "1_Pooling" / "config.json").read_bytes())
+        if said.get("pooling_mode_cls_token") or said.get("pooling_mode") == "cls":
+            return "first"
+        return "mean" if said.get("pooling_mode_mean_tokens") or said.get("pooling_mode") == "mean" else ""
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
 def find_recorded_base(
     recorded: str, hub_id: str, weights_sha256: str, tokenizer_sha256: str, *, ask_hub: bool = True
 ) -> tuple[Base | None, list[str]]:

@@ -142,9 +142,17 @@ class _Saver:
 
 
 def run_loop(
-    run: RunDir, job: Job, model: Any, forward: Forward, tell: Callable[..., None], observe: Observer
+    run: RunDir,
+    job: Job,
+    model: Any,
+    forward: Forward,
+    tell: Callable[..., None],
+    observe: Observer,
+    start: Callable[[], object] = lambda: None,
 ) -> tuple[Progress, dict[str, torch.Tensor]]:
     """Trains from the newest checkpoint, or from the start, to the last epoch or the last that helped.
+
+    `start` is called where there is no checkpoint to go on from; its time counts as training.
 
     Returns:
         Where the run stands, and the best epoch's tensors: `parameter/NAME` and `eval_logits`.
@@ -175,6 +183,8 @@ def run_loop(
         eval_tokens=int(job.eval.encoded.lengths.sum()),
     )
     saver = _Saver(loop, progress)
+    if progress.step == 0:
+        start()
     while progress.epoch < int(settings.num_epochs) and not _is_over(progress, settings):
         progress = _train_epoch(loop, progress, best, saver)
         try:

@@ -88,11 +88,15 @@ def _try(brief: Layered, rate: float) -> Tried:
     """Trains briefly in a folder that is gone afterwards."""
     layered = brief.override({"train.learning_rate": rate}, "search")
     ready = with_trunk(make_ready(resolve(layered)), lambda event: None)
-    start_head(ready)
     with tempfile.TemporaryDirectory(prefix="trimtab-search-") as folder:
         run = RunDir(Path(folder))
         run.recipe.write_text(config.dump(layered), "utf-8")
-        _, best = run_loop(run, ready.job, ready.model, ready.forward, lambda event, **values: None, lambda event: None)
+        _, best = run_loop(
+            *(run, ready.job, ready.model, ready.forward),
+            tell=lambda event, **values: None,
+            observe=lambda event: None,
+            start=lambda: start_head(ready),
+        )
     interrupts.check()
     logits: npt.NDArray[np.float32] = best["eval_logits"].numpy()
     labels = ready.job.eval.encoded.labels

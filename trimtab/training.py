@@ -44,7 +44,7 @@ from trimtab.config import MINILM, Layered
 from trimtab.data import Reject
 from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError, TrimtabError
 from trimtab.estimate import Estimate
-from trimtab.headstart import start_head
+from trimtab.headstart import start_head, work_ahead
 from trimtab.hub import find_base
 from trimtab.loop import Observer, run_loop
 from trimtab.machine import peak_rss_bytes
@@ -267,12 +267,16 @@ def plan(layered: Layered, budget: str = "") -> Planned:
     seconds = estimate.parse_budget(budget) if budget else math.inf
     ready = make_ready(resolve(layered))
     speed = estimate.measure(ready.job, ready.model, ready.engine, ready.trunk)
-    found = estimate.estimate(ready.job, ready.model, ready.engine, ready.trunk, speed)
+    found = _estimate(ready, speed)
     if values := estimate.within(seconds, found, len(ready.job.train.encoded), len(ready.job.eval.encoded)):
         job = resolve(ready.job.layered.override(values, f"--budget {budget}"))
         ready = replace(ready, job=job, trunk=choose_trunk(job, ready.engine))
-        found = estimate.estimate(ready.job, ready.model, ready.engine, ready.trunk, speed)
+        found = _estimate(ready, speed)
     return Planned(ready, speed, found)
+
+
+def _estimate(ready: Ready, speed: estimate.Speed) -> Estimate:
+    return estimate.estimate(ready.job, ready.model, ready.engine, ready.trunk, work_ahead(ready), speed)
 
 
 def _chosen_by_budget(job: Job) -> dict[str, Any]:
@@ -371,10 +375,11 @@ def _run(
     for warning in warnings:
         tell("warning", text=warning)
 
-    # Before a checkpoint is looked for: one that turns out damaged must not cost the head its start.
-    if line := start_head(ready):
-        tell("head", text=line)
-    progress, best = run_loop(run, job, model, ready.forward, tell, observe)
+    def start() -> None:
+        if line := start_head(ready):
+            tell("head", text=line)
+
+    progress, best = run_loop(run, job, model, ready.forward, tell, observe, start)
     _restore(model, best)
     scored, logits, scores = _score(ready, best["eval_logits"].numpy())
     temperature = scores["calibration"]["temperature"]

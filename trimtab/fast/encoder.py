@@ -255,11 +255,7 @@ def logits(encoder: Encoder, batch: Batch, noise: Noise | None = None, stored: S
     """
     if stored is not None and stored.depth > lowest_trained(encoder):
         raise ValueError(f"{stored.depth} layers are stored, and LoRA stands beside layer {lowest_trained(encoder)}")
-    trained = [matrix for layer in encoder.layers for matrix in layer.trained()]
-    if not torch.is_grad_enabled():
-        first = first_tokens(encoder, batch, noise, stored)
-    else:
-        first = _Encoder.apply(encoder, batch, noise, stored, *trained)  # type: ignore[no-untyped-call]
+    first = (learning_first_tokens if torch.is_grad_enabled() else first_tokens)(encoder, batch, noise, stored)
     return apply_head(encoder.head, first.float(), training=noise is not None)
 
 
@@ -281,6 +277,19 @@ def first_tokens(
 
     with encoder.workspace.lock:
         return torch.cat(_in_parts(encoder, batch, part))[batch.order]
+
+
+def lora_matrices(encoder: Encoder) -> list[Tensor]:
+    """Every LoRA matrix, lowest layer first."""
+    return [matrix for layer in encoder.layers for matrix in layer.trained()]
+
+
+def learning_first_tokens(
+    encoder: Encoder, batch: Batch, noise: Noise | None = None, stored: Stored | None = None
+) -> Tensor:
+    """As `first_tokens`, with gradients for every LoRA matrix."""
+    first: Tensor = _Encoder.apply(encoder, batch, noise, stored, *lora_matrices(encoder))  # type: ignore[no-untyped-call]
+    return first
 
 
 def vectors(encoder: Encoder, batch: Batch, *, first_only: bool) -> Tensor:
