@@ -21,9 +21,9 @@ from bases import write_base
 from conftest import built, tiers
 from safetensors.torch import load_file, save_file
 
-from trimtab import adapter, config, predict
+from trimtab import adapter, config, predict, tokens
 from trimtab.classification import Labels
-from trimtab.config import MINILM
+from trimtab.config import MINILM, Keep
 from trimtab.errors import ArtefactError, BaseModelError
 from trimtab.forward import stock
 from trimtab.hub import MINILM_WEIGHTS, find_base
@@ -89,13 +89,16 @@ def build(job: Job) -> tuple[Job, Any, list[str]]:
     return job, model, head
 
 
-def write(folder: Path, job: Job, model: Any, head: list[str], labels: Labels | None = None) -> None:
+def write(
+    folder: Path, job: Job, model: Any, head: list[str], labels: Labels | None = None, keep: Keep = "start"
+) -> None:
     adapter.write(
         folder,
         model,
         stock(model, job.tokenizer.pad_id),
         labels=labels or job.labels,
         max_length=32,
+        keep=keep,
         tokenizer=job.tokenizer,
         base=job.base,
         head=head,
@@ -132,6 +135,20 @@ def test_everything_that_was_known_in_training_is_read_again(place: Path) -> Non
         "weights_sha256": job.base.weights_sha256,
         "tokenizer_sha256": job.base.tokenizer_sha256,
     }
+
+
+def test_a_long_text_is_cut_as_in_training(place: Path, tmp_path: Path) -> None:
+    job, model, head = build(make_job(place))
+    text = "good film " * 20 + "bad film " * 20
+    both: tuple[Keep, Keep] = ("start", "ends")
+    for keep in both:
+        write(tmp_path / keep, job, model, head, keep=keep)
+        classifier = predict.load(tmp_path / keep)
+        assert classifier.adapter.keep == keep
+        cut = tokens.encode([text], job.tokenizer, 32, keep=keep)
+        assert np.array_equal(classifier.encode([text]).ids, cut.ids)
+    bad = tokens.encode(["bad"], job.tokenizer, 32).ids[1]
+    assert [bad in predict.load(tmp_path / keep).encode([text]).ids for keep in both] == [False, True]
 
 
 def test_the_probes_are_answered_as_they_were(place: Path) -> None:
@@ -323,6 +340,7 @@ def test_damage_is_an_error_that_names_the_thing(copied: Path, damage: str) -> N
         ("trimtab.json", lambda meta: meta["labels"][0].update(label="2")),
         ("trimtab.json", lambda meta: meta["preprocessing"].update(max_length=31)),
         ("trimtab.json", lambda meta: meta["preprocessing"].update(pad_id=1)),
+        ("trimtab.json", lambda meta: meta["preprocessing"].update(keep="ends")),
         ("trimtab.json", lambda meta: meta["probes"][0]["logits"].reverse()),
         ("adapter_config.json", lambda config: config.update(lora_alpha=32)),
         ("adapter_config.json", lambda config: config.update(use_rslora=True)),

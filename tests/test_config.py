@@ -124,6 +124,7 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "data.limit_train": st.integers(0),
     "data.limit_eval": st.integers(0),
     "data.max_length": st.just("auto") | st.integers(16, 8_192),
+    "data.keep": st.sampled_from(["start", "ends"]),
     "data.bad_rows": st.sampled_from(["error", "skip"]),
     "data.seed": SEED,
     "base.model": TEXT.filter(bool),

@@ -137,6 +137,12 @@ def test_how_a_head_starts_by_itself(
     assert ready(csv_file, base, **settings).job.recipe.train.head_start == start
 
 
+def test_with_many_rows_a_label_the_first_token_learns_by_itself(sentence_bert: Path, tmp_path: Path) -> None:
+    for rows, start in ((440, "sentence"), (460, "probe")):  # nine tenths of them are trained on
+        file = write_csv(tmp_path / f"{rows}.csv", reviews(rows))
+        assert ready(file, sentence_bert).job.recipe.train.head_start == start
+
+
 def test_lora_of_another_adapter_is_not_taught_anew(csv_file: Path, sentence_bert: Path, tmp_path: Path) -> None:
     brief = {"train__num_epochs": 1, "train__head_start": "random"}
     first = training.train(small(csv_file, sentence_bert, **brief), out=str(tmp_path / "first"))

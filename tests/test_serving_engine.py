@@ -186,10 +186,10 @@ def test_texts_whose_tokens_are_being_made_fill_the_queue_too(
     held.go.set()
     began, go, encode = threading.Event(), threading.Event(), tokens.encode
 
-    def slow(*given: Any) -> Any:
+    def slow(*given: Any, **how: Any) -> Any:
         began.set()
         go.wait(10)
-        return encode(*given)
+        return encode(*given, **how)
 
     monkeypatch.setattr(tokens, "encode", slow)
     store = Store(made[0], 1 << 30)
@@ -260,6 +260,18 @@ def test_a_text_that_would_be_cut_is_refused_before_it_is_computed(
     with pytest.raises(DataError, match="Input 1 is longer than 48 tokens"):
         asyncio.run(Service(store, start()).answer([Item("a", "film"), Item("a", "film " * 100)], whole=True))
     assert held.batches == []
+
+
+def test_each_adapter_keeps_of_a_long_text_what_it_was_trained_on(
+    made: tuple[ServedBase, list[Resident]], start: Callable[..., Engine]
+) -> None:
+    held = {"a": replace(made[1][0], keep="ends"), "b": made[1][1]}
+    text = "good " * 40 + "bad " * 40
+    found = Service(Store(made[0], 1 << 30), start())._encode([Item("a", text), Item("b", text)], held)
+    for one, resident in zip(found, held.values(), strict=True):
+        alone = tokens.encode([text], made[0].tokenizer, resident.max_length, keep=resident.keep)
+        assert np.array_equal(one.ids, alone.ids)
+    assert not np.array_equal(found[0].ids, found[1].ids)
 
 
 def test_an_answer_of_too_many_scores_is_refused_before_it_is_computed(

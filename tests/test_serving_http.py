@@ -140,7 +140,7 @@ def test_raw_scores_top_k_and_truncate(server: Server, made: tuple[Path, dict[st
         ({"inputs": [["a"]], "models": ["reviews"], "model": "reviews"}, 422, "leave `model` out"),
         ({"inputs": [["a"]] * 257, "model": "reviews"}, 422, "257 texts"),
         ({"inputs": "a" * 1_000_001, "model": "reviews"}, 422, "1,000,001 characters"),
-        ({"inputs": "a", "model": "reviews", "truncation_direction": "left"}, 422, "right"),
+        ({"inputs": "a", "model": "reviews", "truncation_direction": "left"}, 422, "as in training"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_with_its_reason(

@@ -79,6 +79,19 @@ def test_a_text_is_cut_on_its_right_between_its_special_tokens(
     assert (encoded.lengths <= max_length).all()
 
 
+@settings(deadline=None)
+@given(texts=st.lists(st.text("ab .,é好", max_size=40), max_size=5), max_length=st.integers(2, 12))
+def test_a_text_whose_ends_are_kept_loses_its_middle(minilm: Tokenizer, texts: list[str], max_length: int) -> None:
+    whole = [encoding.ids for encoding in minilm.backend.encode_batch(texts)]
+    encoded = tokens.encode(texts, minilm, max_length, keep="ends")
+    first = (max_length - 2) // 4
+    last = max_length - 2 - first
+    assert rows_of(encoded) == [
+        ids if len(ids) <= max_length else [*ids[: 1 + first], *ids[len(ids) - 1 - last : -1], ids[-1]] for ids in whole
+    ]
+    assert encoded.full_lengths.tolist() == [len(ids) for ids in whole]
+
+
 def test_types_and_labels(minilm: Tokenizer) -> None:
     encoded = tokens.encode(["a", "", "b c"], minilm, 16, [2, 0, 1])
     assert [encoded.ids.dtype, encoded.offsets.dtype, encoded.labels.dtype, encoded.full_lengths.dtype] == [

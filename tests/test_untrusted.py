@@ -174,6 +174,7 @@ PAYLOADS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a head that never ends": (edited("trimtab.json", head=["(a|a|a)*" * 9 + "b"]), "head is a list"),
     "targets that never end": (edited("adapter_config.json", target_modules=["(.*)*" * 9 + "b"]), "target_modules is"),
     "a pad id of 10^30": (described(lambda meta: meta["preprocessing"].update(pad_id=10**30)), "pad_id"),
+    "texts cut in no known way": (described(lambda meta: meta["preprocessing"].update(keep="middle")), "keep middle"),
     "another method": (edited("adapter_config.json", peft_type="IA3"), "peft_type"),
     "trained biases": (edited("adapter_config.json", bias="all"), "bias"),
 }
@@ -206,6 +207,13 @@ def other_numbers(folder: Path, number: int = 1_000_000) -> None:
     (folder / "tokenizer.json").write_bytes(written)
     digest = hashlib.sha256(written).hexdigest()
     described(lambda meta: meta["preprocessing"].update(tokenizer_sha256=digest))(folder, folder)
+
+
+def test_an_adapter_that_does_not_say_what_of_a_text_is_kept_was_cut_at_its_end(folder: Path) -> None:
+    described(lambda meta: meta["preprocessing"].update(keep="ends"))(folder, folder)
+    assert adapter.read(folder).keep == "ends"
+    described(lambda meta: meta["preprocessing"].pop("keep"))(folder, folder)
+    assert adapter.read(folder).keep == "start"
 
 
 @pytest.mark.parametrize("fast", ["auto", "off"])

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 
 from trimtab import durable, tokens, untrusted
 from trimtab.classification import LANGUAGES, Labels, compute_logits
-from trimtab.config import LoraSettings, RuntimeSettings
+from trimtab.config import Keep, LoraSettings, RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError, some
 from trimtab.fast import encoder
 from trimtab.forward import Engine, Forward, choose, fast, fast_dtype
@@ -63,6 +63,8 @@ class Adapter:
     folder: Path
     labels: Labels
     max_length: int
+    keep: Keep
+    """What is left of a text that is longer, see `tokens.encode`."""
     tokenizer: Tokenizer
     base: dict[str, str]
     """name, hub_id, weights_sha256, tokenizer_sha256 of the base that it was trained on."""
@@ -97,6 +99,7 @@ def write(
     base: Base,
     head: list[str],
     card: str,
+    keep: Keep = "start",
     computed_in: str = "float32",
     temperature: float = 1.0,
 ) -> None:
@@ -132,6 +135,7 @@ def write(
             ],
             "preprocessing": {
                 "max_length": max_length,
+                "keep": keep,
                 "pad_id": tokenizer.pad_id,
                 "tokenizer_sha256": tokenizer.sha256,
             },
@@ -201,6 +205,7 @@ def read(folder: Path, shared: Tokenizer | None = None) -> Adapter:
             folder=folder,
             labels=Labels(values, names),
             max_length=int(preprocessing["max_length"]),
+            keep=_keep(preprocessing.get("keep", "start")),  # the first adapters were all cut at their end
             tokenizer=shared if shared and is_shared else tokens.load(folder, pad_id, trained_with, shared),
             base={key: str(meta["base"][key]) for key in ("name", "hub_id", "weights_sha256", "tokenizer_sha256")},
             lora=described_lora(config),
@@ -239,6 +244,12 @@ def _temperature(said: object) -> float:
     if not isinstance(said, int | float) or not 1e-6 <= said <= 1e6:
         raise ValueError(f"temperature {said} cannot be")
     return float(said)
+
+
+def _keep(said: object) -> Keep:
+    if said == "start" or said == "ends":
+        return said
+    raise ValueError(f"keep {said} is neither start nor ends")
 
 
 def _modules(what: str, said: object) -> tuple[str, ...]:

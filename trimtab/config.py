@@ -68,6 +68,8 @@ def read_names(value: str) -> dict[str, str]:
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Auto = Literal["auto"]
+Keep = Literal["start", "ends"]
+"""What is left of a text that is cut."""
 
 
 class Section(BaseModel):
@@ -100,6 +102,7 @@ class DataSettings(Section):
     max_length: Annotated[int, Field(ge=8)] | Auto = Field(
         "auto", description="Tokens a text is cut at; auto: 99 of 100 texts fit, in steps of 32, at most 256."
     )
+    keep: Keep = Field("ends", description="Of a text that is cut: its start; or its ends, a quarter and three.")
     bad_rows: Literal["error", "skip"] = Field("error", description="Rows that cannot be used: stop, or set aside.")
     seed: int = Field(42, ge=0, description="Seed of the split and of the drawn rows.")
 
@@ -175,7 +178,7 @@ class TrainSettings(Section):
     head_start: Literal["auto", "random", "probe", "sentence"] = Field(
         "auto",
         description="How a new head begins: at random; as a linear probe of the base; as one after LoRA learned the "
-        "base's sentence vectors. auto: sentence for a base that takes the mean of its tokens, else probe.",
+        "base's sentence vectors. auto: sentence for a base that takes the mean of its tokens, below 200 rows a label.",
     )
     baselines: bool = Field(True, description="Judge counted words and the untrained base on the same rows.")
     group_by_length: bool = Field(True, description="Put texts of similar length into a batch.")

@@ -260,6 +260,6 @@ def table_lines(
         text = " ".join(prediction.text.split())
         shown = text if len(text) <= 100 else text[:97] + "..."
         note = f"{notes[i]:<{note_width}}  " if notes else ""
-        cut = "  [cut: its end was not read]" if prediction.truncated else ""
+        cut = "  [cut: not all of it was read]" if prediction.truncated else ""
         lines.append(f"{name}{' ' * (width - cell_len(name))}  {prediction.score:.3f}  {note}{shown}{cut}")
     return lines

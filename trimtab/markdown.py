@@ -75,6 +75,8 @@ def card(found: Findings) -> str:
         }
         rate = f"{recipe.train.learning_rate:g}"
         lines += [say("card_training", language, rows=count(train.used), rate=rate, **values)]
+        if recipe.data.keep == "ends":
+            lines += [say("card_ends", language)]
     lines += [""]
     if any(label.zh != label.en or label.value != label.en for label in found.labels):
         names = [[code(label.value), code(label.zh), code(label.en)] for label in found.labels[:_MOST_NAMES]]

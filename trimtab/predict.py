@@ -54,7 +54,7 @@ class Classifier:
     def encode(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> tokens.Encoded:
         """Tokens as in training: the adapter's own tokenizer and length."""
         try:
-            return tokens.encode(texts, self.adapter.tokenizer, self.adapter.max_length, labels)
+            return tokens.encode(texts, self.adapter.tokenizer, self.adapter.max_length, labels, keep=self.adapter.keep)
         except OverflowError as error:
             raise self._beyond_the_base(error) from None
 

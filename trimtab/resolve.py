@@ -18,7 +18,7 @@ import numpy.typing as npt
 from trimtab import adapter, batching, data, preflight, rundir, tokens
 from trimtab.adapter import Adapter
 from trimtab.classification import Labels, make_labels
-from trimtab.config import Layered, Recipe
+from trimtab.config import Keep, Layered, Recipe
 from trimtab.data import Example, Rows
 from trimtab.device import Placement, place
 from trimtab.errors import ArtefactError, DataError, RecipeError, some
@@ -39,6 +39,9 @@ from trimtab.tokens import Encoded, Tokenizer
 _MOST_EPOCHS = 20
 _FEWEST_STEPS = 200  # 400 came to no better score on 1,000 short reviews
 _FEW_ROWS = 100  # one row is a point of accuracy then; the loss moves with every row
+_MANY_ROWS = (
+    200  # a label, that teach the first token by themselves: with 450 of each, sentence vectors brought nothing
+)
 _MOST_TOKENS = 256  # of `auto`: twice the length costs over twice the time, and 256 is what MiniLM was trained with
 
 
@@ -154,6 +157,7 @@ def resolve(layered: Layered) -> Job:
                 tokenizer,
                 max_length,
                 [index[example.label] for example in examples],
+                keep=recipe.data.keep,
             ),
             known=known[role],
         )
@@ -161,7 +165,7 @@ def resolve(layered: Layered) -> Job:
     }
     found_rows = preflight.report(rows, parts, known, labels.values)
     _with_tokens(found_rows, rows, encoded)
-    warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, parts)
+    warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, recipe.data.keep, parts)
     warnings += preflight.warnings(found_rows)
     placement = place(recipe.runtime)
     return Job(
@@ -342,7 +346,7 @@ def _settle(
         rate = 1e-3 if width < 768 else 5e-4 if width < 1024 else 3e-4
         found["train.learning_rate"] = (rate, f"auto: width {width:,}")
     if recipe.train.head_start == "auto":
-        found["train.head_start"] = _head_start(recipe, base)
+        found["train.head_start"] = _head_start(recipe, base, len(texts), len(labels))
     if recipe.train.metric_for_best_model == "auto":
         counts = Counter(example.label for example in train.examples)
         ratio = max(counts.values()) / min(counts.values())
@@ -357,15 +361,17 @@ def _settle(
     return found
 
 
-def _head_start(recipe: Recipe, base: Base) -> tuple[str, str]:
+def _head_start(recipe: Recipe, base: Base, rows: int, labels: int) -> tuple[str, str]:
     """How a new head begins, and why."""
     if recipe.lora.init_from:
         return "probe", "auto: LoRA is that of lora.init_from"
     if recipe.lora.top:
         return "probe", "auto: LoRA reaches the top layers alone"
-    if pooling(base.folder) == "mean":
-        return "sentence", "auto: the base takes the mean of its tokens"
-    return "probe", "auto: the base is no encoder of sentences by their mean"
+    if pooling(base.folder) != "mean":
+        return "probe", "auto: the base is no encoder of sentences by their mean"
+    if rows >= _MANY_ROWS * labels:
+        return "probe", f"auto: {rows // labels:,} rows a label"
+    return "sentence", f"auto: {rows // labels:,} rows a label, and a base that takes the mean of its tokens"
 
 
 def _warnings(
@@ -374,6 +380,7 @@ def _warnings(
     tokenizer: Tokenizer,
     train: Encoded,
     max_length: int,
+    keep: Keep,
     parts: dict[str, list[Example]],
 ) -> list[str]:
     """What a user should know before training, and what may stop nobody."""
@@ -391,7 +398,8 @@ def _warnings(
     if (cut := float(np.mean(train.truncated))) > 0.01:
         share = 1 - len(train.ids) / int(train.full_lengths.sum())
         found.append(
-            f"{cut:.1%} of the training texts are cut at {max_length} tokens ({share:.1%} of all tokens are lost)"
+            f"{cut:.1%} of the training texts are cut at {max_length} tokens ({share:.1%} of all tokens are lost, "
+            f"{'in the middle' if keep == 'ends' else 'at the end'})"
             + (": --set data.max_length=512 reads more and takes longer" if max_length < 512 else "")
         )
     if (eval_rows := len(parts["eval"])) < _FEW_ROWS:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import tokenizers
 
 from trimtab import durable, interrupts
+from trimtab.config import Keep
 from trimtab.errors import ArtefactError, BaseModelError
 from trimtab.hub import tokenizer_sha256
 
@@ -109,8 +110,19 @@ class Encoded:
         )
 
 
-def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, labels: Sequence[int] | None = None) -> Encoded:
-    """Encodes texts with the base's special tokens, each cut at `max_length` tokens on its right."""
+def encode(
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    max_length: int,
+    labels: Sequence[int] | None = None,
+    *,
+    keep: Keep = "start",
+) -> Encoded:
+    """Encodes texts with the base's special tokens, each cut to `max_length` tokens.
+
+    `keep` says what is left of a longer text: its start; or both ends, a quarter of what is kept from the first and
+    three from the last (head + tail: Sun et al. 2019, arXiv 1905.05583).
+    """
     pieces: list[npt.NDArray[np.int32]] = []
     full: list[int] = []
     for start in range(0, len(texts), _CHUNK):
@@ -121,7 +133,9 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, labels: 
             # Not the library's truncation: that is a state of its object, which threads would switch for one another.
             if (excess := len(ids) - max_length) > 0:
                 of_the_text = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
-                ids = np.delete(ids, of_the_text[-excess:])
+                kept = max(0, len(of_the_text) - excess)
+                begin = kept if keep == "start" else kept // 4
+                ids = np.delete(ids, of_the_text[begin : begin + excess])
             pieces.append(ids)
     lengths = np.array([len(piece) for piece in pieces], np.int64)
     return Encoded(

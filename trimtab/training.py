@@ -413,6 +413,7 @@ def _run(
         engine.forward,
         labels=job.labels,
         max_length=int(job.recipe.data.max_length),
+        keep=job.recipe.data.keep,
         tokenizer=job.tokenizer,
         base=job.base,
         head=ready.head,

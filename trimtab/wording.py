@@ -187,6 +187,7 @@ _EN = {
     "card_lora": "{variant} with r={r}, lora_alpha={alpha} on {targets}.",
     "card_training": "Trained on {rows} rows: {done} of at most {epochs} epochs, batches of {batch}, learning rate "
     "{rate}, texts cut at {length} tokens.",
+    "card_ends": "Of a longer text, a quarter of these are its first tokens and three quarters its last.",
     "use": "How to use it",
     "names": "Labels",
 }
@@ -350,6 +351,7 @@ _ZH = {
     "card_lora": "{variant}，r={r}，lora_alpha={alpha}，作用于 {targets}。",
     "card_training": "在 {rows} 行上训练：最多 {epochs} 轮，实际 {done} 轮，每批 {batch} 行，学习率 {rate}，"
     "文本在 {length} 个 token 处截断。",
+    "card_ends": "更长的文本保留两端：四分之一取自开头，四分之三取自结尾。",
     "use": "怎样使用",
     "names": "标签",
 }

@@ -14,7 +14,7 @@ from trimtab import adapter as adapter_folder
 from trimtab import untrusted
 from trimtab.adapter import Adapter
 from trimtab.classification import LONGEST_SERVED_LABEL, Labels
-from trimtab.config import RuntimeSettings
+from trimtab.config import Keep, RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError
 from trimtab.fast import blocked, mixed
 from trimtab.fast import encoder as encoders
@@ -98,6 +98,7 @@ class Resident:
     """Of its description, the sums of its files among it."""
     labels: Labels
     max_length: int
+    keep: Keep
     temperature: float
     rank: int
     variant: str
@@ -243,6 +244,7 @@ def place(served: ServedBase, found: Described, tensors: Mapping[str, Tensor], n
         sha256=adapter.description_sha256,
         labels=adapter.labels,
         max_length=adapter.max_length,
+        keep=adapter.keep,
         temperature=adapter.temperature,
         rank=adapter.lora.r,
         variant=adapter.lora.variant,

@@ -189,7 +189,7 @@ async def _predict(
     texts, is_batch = _texts(body.inputs)
     answers.check_number(texts)
     if body.truncation_direction.lower() == "left":
-        raise DataError("serve.truncation", "Texts are cut on their right, as in training.")
+        raise DataError("serve.truncation", "A long text is cut as in training; leave truncation_direction out.")
     if body.models is None:
         names = [answers.adapter(request, _agreed(adapter, body.model))] * len(texts)
     elif body.model is not None or adapter is not None:

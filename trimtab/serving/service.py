@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab import tokens
+from trimtab.config import Keep
 from trimtab.data import has_half_character
 from trimtab.errors import DataError, DivergedError
 from trimtab.predict import Prediction, decode
@@ -146,13 +147,15 @@ class Service:
         return encoding
 
     def _encode(self, items: Sequence[Item], held: Mapping[str, Resident]) -> "list[_Encoded]":
-        """Tokens as each adapter was trained on them; texts that are cut at the same length go through together."""
-        alike: dict[int, list[int]] = {}
+        """Tokens as each adapter was trained on them; texts that are cut alike go through together."""
+        alike: dict[tuple[int, Keep], list[int]] = {}
         for i, item in enumerate(items):
-            alike.setdefault(held[item.adapter].max_length, []).append(i)
+            resident = held[item.adapter]
+            alike.setdefault((resident.max_length, resident.keep), []).append(i)
         found: dict[int, _Encoded] = {}
-        for max_length, rows in alike.items():
-            encoded = tokens.encode([items[i].text for i in rows], self.store.served.tokenizer, max_length)
+        for (max_length, keep), rows in alike.items():
+            texts = [items[i].text for i in rows]
+            encoded = tokens.encode(texts, self.store.served.tokenizer, max_length, keep=keep)
             for i, (begin, end), cut in zip(
                 rows, zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True), encoded.truncated, strict=True
             ):
