@@ -155,7 +155,8 @@ def test_the_probes_are_answered_as_they_were(place: Path) -> None:
     classifier = predict.load(place / "adapter")
 
     texts, logits = zip(*classifier.adapter.probes, strict=True)
-    answers = adapter.probe(classifier.engine.forward, classifier.adapter.tokenizer, classifier.adapter.max_length)
+    said = classifier.adapter
+    answers = adapter.probe(classifier.engine.forward, said.tokenizer, said.max_length, said.keep)
     assert texts == adapter.PROBES
     np.testing.assert_allclose(answers, np.array(logits), rtol=0, atol=1e-6)
 

@@ -320,7 +320,8 @@ def taken(folder: Path) -> predict.Classifier | None:
 
 
 def probed(classifier: predict.Classifier) -> npt.NDArray[np.float32]:
-    return adapter.probe(classifier.engine.forward, classifier.adapter.tokenizer, classifier.adapter.max_length)
+    said = classifier.adapter
+    return adapter.probe(classifier.engine.forward, said.tokenizer, said.max_length, said.keep)
 
 
 def many(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -122,7 +122,7 @@ def write(
         described = _as_json(dict(sorted(plain.items())))
         durable.write_bytes(draft / "adapter_config.json", described)
         tokens.save(tokenizer, base.folder, draft)
-        probe_logits = probe(forward, tokenizer, max_length)
+        probe_logits = probe(forward, tokenizer, max_length, keep)
         meta = {
             "schema_version": SCHEMA_VERSION,
             "task": "text-classification",
@@ -156,9 +156,9 @@ def write(
         durable.write_bytes(draft / "README.md", card.encode())
 
 
-def probe(forward: Forward, tokenizer: Tokenizer, max_length: int) -> npt.NDArray[np.float32]:
-    """The logits of the probe sentences: float32[len(PROBES), C]."""
-    return compute_logits(forward, tokens.encode(PROBES, tokenizer, max_length))
+def probe(forward: Forward, tokenizer: Tokenizer, max_length: int, keep: Keep = "start") -> npt.NDArray[np.float32]:
+    """The logits of the probe sentences, cut like any text: float32[len(PROBES), C]."""
+    return compute_logits(forward, tokens.encode(PROBES, tokenizer, max_length, keep=keep))
 
 
 def read(folder: Path, shared: Tokenizer | None = None) -> Adapter:
