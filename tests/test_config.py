@@ -77,6 +77,7 @@ def test_the_tutorial_to_the_letter() -> None:
         "data.limit_train": 1000,
         "data.limit_eval": 500,
         "data.max_length": 256,
+        "data.keep": "start",
         "data.seed": 42,
         "lora.r": 8,
         "lora.lora_alpha": 32,

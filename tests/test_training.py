@@ -281,7 +281,11 @@ class TestLoop:
             out=str(tmp_path / "run"),
         )
         assert [entry["epoch"] for entry in run.metrics["evaluations"]] == [1, 2, 3]
-        assert run.metrics["epoch"] == 1
+        assert run.metrics["epoch"] == 3, "of equal scores, that of the lowest rate"
+        by_loss = small(csv_file, bert, train__num_epochs=3, train__learning_rate=1e-30).override(
+            {"train.metric_for_best_model": "loss"}, "test"
+        )
+        assert training.train(by_loss, out=str(tmp_path / "by_loss")).metrics["epoch"] == 1
 
     def test_a_loss_that_falls_by_nothing_that_is_seen_does_not_keep_a_run_going(
         self, csv_file: Path, bert: Path, tmp_path: Path
@@ -523,13 +527,28 @@ def test_the_schedule_is_linear() -> None:
     assert max(loop.schedule(step, 6, 0.5) for step in range(6)) == 1.0, "a short run still reaches its rate"
 
 
-def test_ties_go_to_the_lower_loss_then_to_the_earlier_epoch() -> None:
-    best = {"epoch": 1, "step": 5, "accuracy": 0.8, "loss": 0.5}
-    progress = Progress(best_step=5, evaluations=[best])
-    assert loop._is_better({"accuracy": 0.8, "loss": 0.4}, progress, "accuracy")
-    assert not loop._is_better({"accuracy": 0.8, "loss": 0.5}, progress, "accuracy")
-    assert loop._is_better({"accuracy": 0.7, "loss": 0.4}, progress, "loss")
-    assert not loop._is_better({"accuracy": 0.9, "loss": 0.6}, progress, "loss")
+def test_by_loss_the_lowest_is_kept_and_of_equal_ones_the_earlier() -> None:
+    progress = Progress(best_step=5, evaluations=[{"epoch": 1, "step": 5, "accuracy": 0.8, "loss": 0.5}])
+    assert loop._is_better({"accuracy": 0.7, "loss": 0.4}, progress, "loss", 100)
+    assert not loop._is_better({"accuracy": 0.9, "loss": 0.5}, progress, "loss", 100)
+    assert not loop._is_better({"accuracy": 0.9, "loss": 0.6}, progress, "loss", 100)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+def test_by_right_answers_the_latest_is_kept_that_is_within_a_standard_error_of_the_highest(metric: str) -> None:
+    def is_kept(score: float, rows: int, *earlier: float) -> bool:
+        progress = Progress(
+            best_step=len(earlier), evaluations=[{"step": i + 1, metric: s} for i, s in enumerate(earlier)]
+        )
+        return loop._is_better({metric: score}, progress, metric, rows)
+
+    assert is_kept(0.8, 100, 0.8)
+    assert is_kept(0.761, 100, 0.8), "0.04 is a standard error of 100 rows"
+    assert not is_kept(0.759, 100, 0.8)
+    assert not is_kept(0.79, 10_000, 0.8), "and 0.004 one of 10,000"
+    assert not is_kept(0.73, 100, 0.8, 0.765), "the highest of all counts, not the one that is kept"
+    assert is_kept(1.0, 100, 1.0)
+    assert not is_kept(0.999, 100, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -549,7 +568,7 @@ def test_patience_begins_anew_where_an_epoch_is_better_by_what_is_seen(
     progress, found = Progress(), []
     for step, (loss_of_epoch, accuracy) in enumerate(scores):
         entry = {"step": step, "loss": loss_of_epoch, "accuracy": accuracy}
-        progress = loop._with_evaluation(progress, entry, metric)
+        progress = loop._with_evaluation(progress, entry, metric, 1_000)
         found.append(progress.epochs_without_better)
         assert progress.best_step == step or progress.epochs_without_better, "worth it is better too"
     assert found == waited

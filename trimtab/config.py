@@ -167,10 +167,12 @@ class TrainSettings(Section):
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of steps of warm-up; above 0: at least 10.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm is clipped at this; 0: never.")
     early_stopping_patience: int = Field(
-        3, ge=0, description="Epochs without a better score, or a loss lower by 0.0001; 0: never."
+        0, ge=0, description="Epochs without a better score, or a loss lower by 0.0001; 0: never."
     )
     metric_for_best_model: Literal["auto", "loss", "accuracy", "macro_f1"] = Field(
-        "auto", description="auto: accuracy, macro_f1 where the largest class is over 3 times the smallest."
+        "auto",
+        description="Keeps the epoch of the lowest loss, or the latest within a standard error of the highest score. "
+        "auto: accuracy, macro_f1 where the largest class is over 3 times the smallest.",
     )
     class_weights: Literal["none", "auto"] = Field(
         "none", description="auto: a row weighs n / (classes x rows of its class); evaluation is never weighed."

@@ -108,7 +108,7 @@ def event_lines(event: Mapping[str, Any]) -> list[str]:
     if kind == "eval":
         return [
             f"epoch   {event['epoch']}  evaluation loss {event['loss']:.4f}  accuracy {event['accuracy']:.4f}  "
-            f"macro F1 {event['macro_f1']:.4f}{'  best so far' if event['best'] else ''}"
+            f"macro F1 {event['macro_f1']:.4f}{'  kept' if event['best'] else ''}"
         ]
     if kind == "end":
         return _end_lines(event)

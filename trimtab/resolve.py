@@ -38,7 +38,7 @@ from trimtab.tokens import Encoded, Tokenizer
 
 _MOST_EPOCHS = 20
 _FEWEST_STEPS = 200  # 400 came to no better score on 1,000 short reviews
-_FEW_ROWS = 100  # one row is a point of accuracy then; the loss moves with every row
+_FEW_ROWS = 100  # one row is a point of accuracy then
 _MANY_ROWS = (
     200  # a label, that teach the first token by themselves: with 450 of each, sentence vectors brought nothing
 )
@@ -136,8 +136,8 @@ def resolve(layered: Layered) -> Job:
 
     texts = [example.text for example in parts["train"]]
     limits = [limit for limit in (longest_input(skeleton), tokenizer.limit) if limit]
-    limit, eval_rows = min(limits, default=0), len(parts["eval"])
-    found = _settle(recipe, rows["train"], eval_rows, texts, labels, targets, tokenizer, limit, config, base)
+    limit = min(limits, default=0)
+    found = _settle(recipe, rows["train"], texts, labels, targets, tokenizer, limit, config, base)
     settled = layered.override({key: value for key, (value, _) in found.items()}, {k: o for k, (_, o) in found.items()})
     paths = {f"data.{role}": [file["path"] for file in rows[role].files] for role in rows}
     paths["base.model"] = str(base.folder)  # type: ignore[assignment]
@@ -307,7 +307,6 @@ def _check_sums(recipe: Recipe, rows: dict[str, Rows], base: Base, first: Adapte
 def _settle(
     recipe: Recipe,
     train: Rows,
-    eval_rows: int,
     texts: Sequence[str],
     labels: Labels,
     targets: Sequence[str],
@@ -351,12 +350,8 @@ def _settle(
         counts = Counter(example.label for example in train.examples)
         ratio = max(counts.values()) / min(counts.values())
         found["train.metric_for_best_model"] = (
-            ("loss", f"auto: {eval_rows} evaluation rows are too few to count right answers")
-            if eval_rows < _FEW_ROWS
-            else (
-                "macro_f1" if ratio > 3 else "accuracy",
-                f"auto: largest class {ratio:.1f} times the smallest",
-            )
+            "macro_f1" if ratio > 3 else "accuracy",
+            f"auto: largest class {ratio:.1f} times the smallest",
         )
     return found
 
