@@ -14,7 +14,20 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import trimtab
 from trimtab.rundir import locate
 
-TEXTS = ["A film to fall in love with.", "I left after half an hour."]
+TEXTS = [
+    "A film to fall in love with.",
+    "I left after half an hour.",
+    "It begins well. " + "Then another hour goes by. " * 100 + "What a waste.",
+]
+
+
+def cut(ids: list[int], max_length: int, keep: str) -> list[int]:
+    """What trimtab keeps of a long text between its special tokens, one at each end: its start, or both of its ends."""
+    inner, room = ids[1:-1], max_length - 2
+    if len(inner) <= room:
+        return ids
+    first = room if keep == "start" else room // 4
+    return [ids[0], *inner[:first], *inner[len(inner) - (room - first) :], ids[-1]]
 
 
 def main(run: str) -> None:
@@ -26,9 +39,11 @@ def main(run: str) -> None:
     )
     model = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(adapter))
-    batch = tokenizer(
-        TEXTS, padding=True, truncation=True, max_length=about["preprocessing"]["max_length"], return_tensors="pt"
-    )
+    said = about["preprocessing"]
+    # The tokenizer's own truncation would keep the start alone.
+    whole = tokenizer(TEXTS, truncation=False)["input_ids"]
+    ids = [cut(one, said["max_length"], said["keep"]) for one in whole]
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     with torch.inference_mode():
         theirs = model(**batch).logits.numpy()
     classifier = trimtab.load(run)

@@ -52,6 +52,7 @@ def write_adapter(
         stock(model, tokenizer.pad_id),
         labels=Labels(labels),
         max_length=MAX_LENGTH,
+        keep="start",
         tokenizer=tokenizer,
         base=base,
         head=head,

@@ -46,7 +46,7 @@ flags = {"data.train": (rows,), "base.model": base, "data.names": {"0": "差评/
 job = resolve(config.assemble("default", flags, ["runtime.device=cpu", "runtime.threads=1"]))
 ready = training.make_ready(job)
 model, head = ready.model, ready.head
-adapter.write(Path(out), model, stock(model, job.tokenizer.pad_id), labels=job.labels, max_length=32,
+adapter.write(Path(out), model, stock(model, job.tokenizer.pad_id), labels=job.labels, max_length=32, keep="start",
               tokenizer=job.tokenizer, base=job.base, head=head, card="# A card\\n")
 """
 

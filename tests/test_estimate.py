@@ -76,15 +76,25 @@ class TestWithin:
         assert 2 * (100 * (rows + 20) / 1_000 + 10) > 0.95 * 120, "no more is left out than must be"
 
     def test_sentence_vectors_are_left_out_before_a_row_is_and_kept_where_two_epochs_fit_beside_them(self) -> None:
-        taught = replace(A_RUN, sentence_seconds=80.0, probe_seconds=20.0)
+        taught = replace(A_RUN, sentence_seconds=80.0, probe_seconds=20.0, probe_rows=1_000)
         assert estimate.within(460, taught, 1_000, 100) == {}
         assert estimate.within(350, taught, 1_000, 100) == {"train.num_epochs": 2}
         assert estimate.within(300, taught, 1_000, 100) == {"train.head_start": "probe", "train.num_epochs": 2}
         fewer = estimate.within(120, taught, 1_000, 100)
         assert fewer.keys() == {"train.head_start", "train.num_epochs", "data.limit_train"}
-        assert fewer["data.limit_train"] == estimate.within(120 - 20 / 0.95, A_RUN, 1_000, 100)["data.limit_train"]
+        rows = fewer["data.limit_train"]
+        assert isinstance(rows, int)
+        assert 0.95 * 120 - 1 < 2 * (100 * rows / 1_000 + 10) + 20 * rows / 1_000 <= 0.95 * 120
         brief = replace(taught, epochs=1)
         assert estimate.within(140, brief, 1_000, 100) == {"train.head_start": "probe"}
+
+    @pytest.mark.parametrize("budget", [40, 120, 180])
+    def test_a_probe_reads_what_is_left_of_the_rows_and_at_most_its_own(self, budget: int) -> None:
+        many = replace(A_RUN, eval_seconds=5.0, probe_seconds=40.0, probe_rows=1_000)
+        rows = estimate.within(budget, many, 2_000, 100)["data.limit_train"]
+        assert isinstance(rows, int)
+        taken = 2 * (100 * rows / 2_000 + 5) + 40 * min(rows, 1_000) / 1_000
+        assert 0.95 * budget - 1 < taken <= 0.95 * budget
 
     def test_evaluation_gets_at_most_a_fifth(self) -> None:
         judged = Estimate(**{**A_RUN.__dict__, "eval_seconds": 100.0})
@@ -100,7 +110,7 @@ class TestWithin:
             estimate.within(20, A_RUN, 1_000, 100)
         named = float(refused.value.mend.partition("--budget ")[2].partition("s")[0])
         assert estimate.within(named, A_RUN, 1_000, 100)["data.limit_train"]
-        started = replace(A_RUN, sentence_seconds=80.0, probe_seconds=50.0)
+        started = replace(A_RUN, sentence_seconds=80.0, probe_seconds=50.0, probe_rows=1_000)
         with pytest.raises(RecipeError, match="2 epochs of 100 rows") as refused:
             estimate.within(20, started, 1_000, 100)
         named = float(refused.value.mend.partition("--budget ")[2].partition("s")[0])

@@ -13,7 +13,6 @@ from test_training import contents, small
 
 from trimtab import baselines, build, headstart, logistic, resolve, training
 from trimtab.classification import compute_logits, mean_loss
-from trimtab.estimate import Ahead
 from trimtab.forward import stock
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -36,6 +35,13 @@ def pooled(base: Path, folder: Path, said: str) -> Path:
     return folder
 
 
+def started(one: build.Ready) -> str:
+    """Starts the head, and gives what people are told."""
+    lines: list[str] = []
+    headstart.start_head(one, lines.append)
+    return "\n".join(lines)
+
+
 def ready(file: Path, base: Path, **settings: object) -> build.Ready:
     return build.make_ready(resolve.resolve(small(file, base, **settings)))
 
@@ -47,7 +53,7 @@ def test_the_answers_are_those_of_logistic_regression_on_what_the_last_layer_see
 ) -> None:
     base = bases.write_base(tmp_path / kind, kind)
     one = ready(write_csv(tmp_path / "rows.csv", reviews(96) if labels == 2 else three_labels(96)), base)
-    assert "linear probe on" in headstart.start_head(one)
+    assert "linear probe on" in started(one)
     seen: list[torch.Tensor] = []
     inner = one.model.get_base_model()
     out = inner.classifier.modules_to_save["default"] if kind in ("bert", "distilbert") else inner.classifier
@@ -66,7 +72,7 @@ def test_a_head_at_random_is_left_alone_and_so_is_one_that_the_base_brought(csv_
     def before_and_after(one: build.Ready) -> tuple[Any, Any, str]:
         names = [name for name, parameter in one.model.named_parameters() if parameter.requires_grad]
         copy = {name: one.model.get_parameter(name).detach().clone() for name in names}
-        line = headstart.start_head(one)
+        line = started(one)
         return copy, {name: one.model.get_parameter(name) for name in names}, line
 
     before, after, line = before_and_after(ready(csv_file, bert, train__head_start="random"))
@@ -113,7 +119,7 @@ def test_the_first_token_learns_the_sentence_vector_of_the_frozen_base(csv_file:
     wanted = baselines.encoder(vectors, sentence_bert)(encoded, np.arange(len(encoded)))
     frozen = {name: p.detach().clone() for name, p in one.model.named_parameters() if not p.requires_grad}
     before = nearness(one, wanted)
-    assert "after LoRA learned the base's sentence vectors in 100 steps" in headstart.start_head(one)
+    assert "LoRA learns the base's sentence vectors, 100 steps" in started(one)
     assert 1 - nearness(one, wanted) < 0.5 * (1 - before)
     assert all(torch.equal(frozen[name], one.model.get_parameter(name)) for name in frozen)
     assert np.array_equal(baselines.encoder(vectors, sentence_bert)(encoded, np.arange(len(encoded))), wanted)
@@ -143,23 +149,29 @@ def test_with_many_rows_a_label_the_first_token_learns_by_itself(sentence_bert: 
         assert ready(file, sentence_bert).job.recipe.train.head_start == start
 
 
-def test_lora_of_another_adapter_is_not_taught_anew(csv_file: Path, sentence_bert: Path, tmp_path: Path) -> None:
-    brief = {"train__num_epochs": 1, "train__head_start": "random"}
-    first = training.train(small(csv_file, sentence_bert, **brief), out=str(tmp_path / "first"))
-    assert ready(csv_file, sentence_bert, lora__init_from=str(first.path)).job.recipe.train.head_start == "probe"
-    asked = ready(csv_file, sentence_bert, train__head_start="sentence", lora__init_from=str(first.path))
-    object.__setattr__(asked, "head_is_new", True)
-    lora = {name: p.detach().clone() for name, p in asked.model.named_parameters() if "lora_" in name}
-    assert "sentence" not in headstart.start_head(asked)
-    assert all(torch.equal(lora[name], asked.model.get_parameter(name)) for name in lora)
+def test_lora_of_another_adapter_is_not_taught_anew_and_a_first_token_that_speaks_has_nothing_to_learn(
+    csv_file: Path, sentence_bert: Path, bert: Path, tmp_path: Path
+) -> None:
+    first = training.train(small(csv_file, sentence_bert, train__num_epochs=1), out=str(tmp_path / "first"))
+    warm = {"lora__init_from": str(first.path)}
+    assert ready(csv_file, sentence_bert, **warm).job.recipe.train.head_start == "probe"
+    other = write_csv(tmp_path / "other.csv", three_labels(96))  # so that the head is new
+    base = pooled(bert, tmp_path / "cls", '{"pooling_mode_cls_token": true}')
+    for one in (
+        ready(other, sentence_bert, train__head_start="sentence", **warm),
+        ready(csv_file, base, train__head_start="sentence"),
+    ):
+        lora = {name: p.detach().clone() for name, p in one.model.named_parameters() if "lora_" in name}
+        assert started(one) == f"the head starts as a linear probe on {len(one.job.train.examples)} rows"
+        assert all(torch.equal(lora[name], one.model.get_parameter(name)) for name in lora)
 
 
 def test_what_comes_before_the_first_step_is_in_the_estimate(csv_file: Path, sentence_bert: Path) -> None:
-    assert headstart.work_ahead(ready(csv_file, sentence_bert, train__head_start="random")) == Ahead()
-    assert headstart.work_ahead(ready(csv_file, sentence_bert, runtime__fast="off")) == Ahead()
+    for none in ({"train__head_start": "random"}, {"runtime__fast": "off"}):
+        found = headstart.work_ahead(ready(csv_file, sentence_bert, **none))
+        assert (len(found.probed), len(found.taught)) == (0, 0)
     found = headstart.work_ahead(ready(csv_file, sentence_bert))
-    assert len(found.taught) == 100
-    assert [len(rows) for rows in found.probed] == [86]
+    assert (len(found.probed), len(found.taught)) == (86, 100)
     probed = training.plan(small(csv_file, sentence_bert, train__head_start="probe")).estimate
     taught = training.plan(small(csv_file, sentence_bert)).estimate
     assert probed.probe_seconds > 0 == probed.sentence_seconds
@@ -180,11 +192,15 @@ def test_a_run_that_goes_on_starts_no_head_again(csv_file: Path, sentence_bert: 
 
         return stop
 
-    for event, heads in (("head", 1), ("checkpoint", 0)):  # before the first checkpoint, and after it
+    # Before the first checkpoint, after it, and with none that is whole.
+    for name, event, heads in (("early", "head", 2), ("late", "checkpoint", 0), ("damaged", "checkpoint", 2)):
         with pytest.raises(KeyboardInterrupt):
-            training.train(layered, out=str(tmp_path / event), observe=stop_at(event))
+            training.train(layered, out=str(tmp_path / name), observe=stop_at(event))
+        if name == "damaged":
+            for file in (tmp_path / name).glob("checkpoints/*/tensors.safetensors"):
+                file.write_bytes(b"")
         told: list[str] = []
-        resumed = training.resume(tmp_path / event, observe=lambda found, told=told: told.append(found["event"]))  # type: ignore[misc]
+        resumed = training.resume(tmp_path / name, observe=lambda found, told=told: told.append(found["event"]))  # type: ignore[misc]
         assert told.count("head") == heads
         assert contents(whole.adapter) == contents(resumed.adapter)
 

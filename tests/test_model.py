@@ -116,6 +116,7 @@ def save(folder: Path, model: Any, job: Job, head: list[str]) -> Path:
         stock(model, job.tokenizer.pad_id),
         labels=job.labels,
         max_length=48,
+        keep="start",
         tokenizer=job.tokenizer,
         base=job.base,
         head=head,

@@ -267,6 +267,23 @@ class TestLoop:
         right = np.mean([answer.label == label for answer, (_, label) in zip(answers, reviews(40), strict=True)])
         assert right == run.metrics["accuracy"]
 
+    @pytest.mark.parametrize("keep", ["ends", "start"])
+    def test_long_texts_are_cut_alike_in_training_and_after_it(self, bert: Path, tmp_path: Path, keep: str) -> None:
+        rows = [(f"{'the ' * 30}{text}", label) for text, label in reviews(96)]
+        file = write_csv(tmp_path / "long.csv", rows)
+        recipe = small(file, bert, data__max_length=16, data__keep=keep, train__num_epochs=8)
+        told: list[Mapping[str, Any]] = []
+        run = training.train(recipe, out=str(tmp_path / "run"), observe=told.append)
+        assert (run.metrics["accuracy"] > 0.9) == (keep == "ends"), "what decides stands at the end"
+        warned = " ".join(str(event.get("text")) for event in told)
+        assert ("in the middle" if keep == "ends" else "at the end") in warned
+        classifier = trimtab.load(run.adapter)
+        assert classifier.adapter.keep == keep
+        cut = classifier.encode(["good " * 4 + "the " * 60 + "bad " * 4]).ids.tolist()
+        assert (classifier.adapter.tokenizer.backend.token_to_id("bad") in cut) == (keep == "ends")
+        card = (run.adapter / "README.md").read_text("utf-8")
+        assert ("three quarters its last" in card) == (keep == "ends")
+
     def test_test_rows_are_the_headline(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         test = write_csv(tmp_path / "test.csv", reviews(30))
         run = training.train(small(csv_file, bert, data__test=(str(test),)), out=str(tmp_path / "run"))

@@ -34,6 +34,16 @@ def file(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "rows.csv", reviews(64)[16:])
 
 
+def test_a_long_text_is_cut_as_the_adapter_was_trained_unless_the_recipe_says_otherwise(
+    first: training.Run, file: Path, bert: Path, tmp_path: Path
+) -> None:
+    at_start = small(file, bert, train__num_epochs=1, data__keep="start")
+    other = training.train(at_start, out=str(tmp_path / "other"))
+    assert resolve(start(file, bert, first.path)).recipe.data.keep == "ends"
+    assert resolve(start(file, bert, other.path)).recipe.data.keep == "start"
+    assert resolve(start(file, bert, other.path, data__keep="ends")).recipe.data.keep == "ends"
+
+
 def start(file: Path, base: Path, path: Path | str, **settings: Any) -> Layered:
     return small(file, base, lora__init_from=str(path), train__num_epochs=1, **settings)
 

@@ -99,7 +99,7 @@ def write(
     base: Base,
     head: list[str],
     card: str,
-    keep: Keep = "start",
+    keep: Keep,
     computed_in: str = "float32",
     temperature: float = 1.0,
 ) -> None:
@@ -156,7 +156,7 @@ def write(
         durable.write_bytes(draft / "README.md", card.encode())
 
 
-def probe(forward: Forward, tokenizer: Tokenizer, max_length: int, keep: Keep = "start") -> npt.NDArray[np.float32]:
+def probe(forward: Forward, tokenizer: Tokenizer, max_length: int, keep: Keep) -> npt.NDArray[np.float32]:
     """The logits of the probe sentences, cut like any text: float32[len(PROBES), C]."""
     return compute_logits(forward, tokens.encode(PROBES, tokenizer, max_length, keep=keep))
 

@@ -131,9 +131,9 @@ def adopt(
     settings = runtime or RuntimeSettings()
     device = place(settings).device
     model = model.to(device).eval()
-    alone = probe(stock(model, tokenizer.pad_id), tokenizer, length)
+    alone = probe(stock(model, tokenizer.pad_id), tokenizer, length, "start")
     engine = choose(model, tokenizer.pad_id, device, settings)
-    difference = float(np.abs(probe(engine.forward, tokenizer, length) - alone).max())
+    difference = float(np.abs(probe(engine.forward, tokenizer, length, "start") - alone).max())
     # Sums in another order differ by 1e-5; bfloat16 has 8 bits.
     if difference > (1e-3 if engine.dtype == "float32" else 0.05) * max(1.0, float(np.abs(alone).max())):
         raise ArtefactError(
@@ -149,6 +149,7 @@ def adopt(
             engine.forward,
             labels=labels,
             max_length=length,
+            keep="start",
             tokenizer=tokenizer,
             base=found_base,
             head=head,

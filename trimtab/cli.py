@@ -58,7 +58,9 @@ RecipeOption = Annotated[
 ]
 Budget = Annotated[
     str,
-    typer.Option("--budget", metavar="TIME", help="5m, 90s, 1h30m: epochs, then rows, are chosen to fit."),
+    typer.Option(
+        "--budget", metavar="TIME", help="5m, 90s, 1h30m: epochs, the start of the head and rows are chosen to fit."
+    ),
 ]
 Settings = Annotated[
     list[str] | None,

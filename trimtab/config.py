@@ -102,7 +102,10 @@ class DataSettings(Section):
     max_length: Annotated[int, Field(ge=8)] | Auto = Field(
         "auto", description="Tokens a text is cut at; auto: 99 of 100 texts fit, in steps of 32, at most 256."
     )
-    keep: Keep = Field("ends", description="Of a text that is cut: its start; or its ends, a quarter and three.")
+    keep: Keep = Field(
+        "ends",
+        description="What is left of a text that is cut: start; or ends, a quarter of it the start, the rest the end.",
+    )
     bad_rows: Literal["error", "skip"] = Field("error", description="Rows that cannot be used: stop, or set aside.")
     seed: int = Field(42, ge=0, description="Seed of the split and of the drawn rows.")
 

@@ -172,6 +172,7 @@ def _cost_lines(event: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"        about {duration(found['trunk_seconds'] + found['train_seconds'])} of training "
             + (f"(the lower layers {duration(found['trunk_seconds'])}) " if found["trunk_seconds"] else "")
+            + (f"(the head's start {duration(found['head_start_seconds'])}) " if found["head_start_seconds"] else "")
             + f"and {found['peak_bytes'] / 1e9:.1f} GB of "
             f"memory ({found['available_bytes'] / 1e9:.1f} GB are free)"
         )

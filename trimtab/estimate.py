@@ -7,7 +7,7 @@ machine busy are in the figure, and no table of machines has to be right. A few 
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,12 @@ class Speed:
 
 @dataclass(frozen=True)
 class Ahead:
-    """What is computed of training rows before the first step, as batches of their numbers: the start of a new head."""
+    """What is computed of training rows before the first step, as their numbers: the start of a new head."""
 
-    probed: Sequence[npt.NDArray[np.int64]] = ()
-    """Passed forward."""
+    probed: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """The probe's rows, passed forward."""
     taught: Sequence[npt.NDArray[np.int64]] = ()
-    """Passed forward, then trained on."""
+    """Batches with which LoRA learns sentence vectors: each row of them is passed forward once before."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Estimate:
     """Before training: the layers below LoRA once for all rows, where they are kept and are not yet."""
     probe_seconds: float = 0.0
     """Before the first step: the probe that a new head begins as."""
+    probe_rows: int = 0
     sentence_seconds: float = 0.0
     """Before the probe: LoRA learns sentence vectors."""
 
@@ -192,7 +193,7 @@ def estimate(job: Job, model: Any, engine: Engine, trunk: Trunk, ahead: Ahead, s
     pads = engine.name != "fast"
 
     def units(lengths: npt.NDArray[np.int64], batches: Sequence[npt.NDArray[np.int64]]) -> float:
-        computed = [np.full(len(rows), lengths[rows].max()) if pads else lengths[rows] for rows in batches]
+        computed = [np.full(len(rows), lengths[rows].max()) if pads else lengths[rows] for rows in batches if len(rows)]
         return float(work(model, np.concatenate(computed)).sum()) if computed else 0.0
 
     def pass_seconds(lengths: npt.NDArray[np.int64]) -> float:
@@ -217,8 +218,12 @@ def estimate(job: Job, model: Any, engine: Engine, trunk: Trunk, ahead: Ahead, s
         available_bytes=available_memory(),
         trunk_seconds=sum(float(work(model, entry.texts.lengths).sum()) for entry in missing(trunk))
         * speed.trunk_seconds,
-        probe_seconds=units(lengths, ahead.probed) * speed.eval_seconds,
-        sentence_seconds=units(lengths, ahead.taught) * (speed.eval_seconds + speed.train_seconds),
+        # Every layer is computed there, kept or not.
+        probe_seconds=units(lengths, [ahead.probed]) * (speed.eval_seconds + speed.trunk_seconds),
+        probe_rows=len(ahead.probed),
+        sentence_seconds=units(lengths, [np.unique(np.concatenate(ahead.taught))] if ahead.taught else [])
+        * (speed.eval_seconds + speed.trunk_seconds)
+        + units(lengths, ahead.taught) * (speed.train_seconds + speed.trunk_seconds),
     )
 
 
@@ -286,25 +291,28 @@ def within(budget: float, found: Estimate, rows: int, eval_rows: int) -> dict[st
         found = replace(found, sentence_seconds=0.0)
         if found.trunk_seconds + found.train_seconds <= budget:
             return values
-    budget -= found.probe_seconds + found.sentence_seconds
+    budget -= found.sentence_seconds
     pass_seconds = found.eval_seconds
     if epochs * pass_seconds > _EVALUATION_SHARE * budget:
         fewer = max(min(eval_rows, _FEWEST_ROWS), int(eval_rows * _EVALUATION_SHARE * budget / (epochs * pass_seconds)))
         if fewer < eval_rows:
             values["data.limit_eval"] = fewer
             pass_seconds *= fewer / eval_rows
-    fitting = int((budget - found.trunk_seconds) / (found.epoch_seconds + pass_seconds))
+    fitting = int((budget - found.trunk_seconds - found.probe_seconds) / (found.epoch_seconds + pass_seconds))
     if fitting >= epochs:
         epochs = min(found.epochs, fitting)
     else:
-        an_epoch = found.epoch_seconds + found.trunk_seconds / epochs
-        left = int(rows * (budget / epochs - pass_seconds) / an_epoch)
-        if left < min(rows, _FEWEST_ROWS):
-            shortest = epochs * (an_epoch * min(rows, _FEWEST_ROWS) / rows + pass_seconds) + found.probe_seconds
-            shortest /= _SPARE
+        a_row = (epochs * found.epoch_seconds + found.trunk_seconds) / rows
+        a_probe = found.probe_seconds / max(1, found.probe_rows)
+        spare = budget - epochs * pass_seconds
+        left = int((spare - found.probe_seconds) / a_row)
+        if left < found.probe_rows:  # the probe then reads every row that is left
+            left = int(spare / (a_row + a_probe))
+        if left < (fewest := min(rows, _FEWEST_ROWS)):
+            shortest = (epochs * pass_seconds + fewest * a_row + min(fewest, found.probe_rows) * a_probe) / _SPARE
             raise RecipeError(
                 "budget.too_short",
-                f"{epochs} epochs of {min(rows, _FEWEST_ROWS)} rows take about {shortest:.0f} s here.",
+                f"{epochs} epochs of {fewest} rows take about {shortest:.0f} s here.",
                 where="--budget",
                 mend=f"--budget {-(-int(shortest) // 10) * 10 + 10}s, or a smaller --base, or --set data.max_length=64",
             )

@@ -13,6 +13,7 @@ learns, before any label is looked at, to say in the first token what the frozen
 then is as good as one on sentence vectors.
 """
 
+from collections.abc import Callable
 from itertools import chain, count, islice
 
 import numpy as np
@@ -26,6 +27,7 @@ from trimtab.build import Ready
 from trimtab.estimate import Ahead
 from trimtab.fast import encoder
 from trimtab.fast.encoder import Encoder, Head
+from trimtab.hub import pooling
 from trimtab.loop import schedule
 from trimtab.tokens import Encoded
 
@@ -42,22 +44,23 @@ def work_ahead(ready: Ready) -> Ahead:
     """What `start_head` will compute, for an estimate."""
     if ready.job.recipe.train.head_start == "random" or not ready.head_is_new or ready.engine.encoder is None:
         return Ahead()
-    return Ahead(probed=[_probe_rows(ready.job.train.encoded)], taught=_sentence_batches(ready))
+    return Ahead(probed=_probe_rows(ready.job.train.encoded), taught=_sentence_batches(ready))
 
 
-def start_head(ready: Ready) -> str:
-    """Fits the head of a model that is about to be trained; returns what was done, for people."""
+def start_head(ready: Ready, tell: Callable[[str], object] = lambda line: None) -> None:
+    """Fits the head of a model that is about to be trained; tells people what is done."""
     engine, encoded = ready.engine, ready.job.train.encoded
     if ready.job.recipe.train.head_start == "random":
-        return ""
+        return
     if not ready.head_is_new:
-        return "the head starts as base or adapter brought it"
+        tell("the head starts as base or adapter brought it")
+        return
     if engine.encoder is None:
-        return "the head starts at random: its layers are not known here"
-    learned = ""
+        tell("the head starts at random: its layers are not known here")
+        return
     if batches := _sentence_batches(ready):
+        tell(f"LoRA learns the base's sentence vectors, {len(batches)} steps without labels")
         _learn_sentences(ready, engine.encoder, batches)
-        learned = f", after LoRA learned the base's sentence vectors in {len(batches)} steps"
     head, rows = engine.encoder.head, _probe_rows(encoded)
     states = _states(engine.encoder, encoded, rows)
     with torch.no_grad():
@@ -70,7 +73,7 @@ def start_head(ready: Ready) -> str:
         weight, bias = _logistic(inside, encoded.labels[rows], len(ready.job.labels))
         head.out.weight.copy_(torch.from_numpy(weight))
         head.out.bias.copy_(torch.from_numpy(bias))
-    return f"the head starts as a linear probe on {len(rows):,} rows{learned}"
+    tell(f"the head starts as a linear probe on {len(rows):,} rows")
 
 
 def _probe_rows(encoded: Encoded) -> npt.NDArray[np.int64]:
@@ -80,10 +83,10 @@ def _probe_rows(encoded: Encoded) -> npt.NDArray[np.int64]:
 def _sentence_batches(ready: Ready) -> list[npt.NDArray[np.int64]]:
     """The batches of training rows whose sentence vectors LoRA learns; none where it learns none.
 
-    LoRA that another adapter brought is not taught anew.
+    LoRA of another adapter is not taught anew, and a base that speaks in its first token has nothing to learn.
     """
     job = ready.job
-    if job.recipe.train.head_start != "sentence" or job.warm_start:
+    if job.recipe.train.head_start != "sentence" or job.warm_start or pooling(job.base.folder) == "first":
         return []
     return list(islice(chain.from_iterable(job.batches(epoch) for epoch in count()), _SENTENCE_STEPS))
 

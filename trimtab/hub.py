@@ -76,12 +76,14 @@ def find_base(name: str) -> Base:
 
 
 def pooling(folder: Path) -> str:
-    """How a base that is a sentence encoder makes one vector of a text: `first` token or `mean`; empty: it is none."""
+    """How a sentence encoder makes one vector of a text: `first` token or `mean`; empty: otherwise, or not known."""
     try:
         said = json.loads((folder / "1_Pooling" / "config.json").read_bytes())
-        if said.get("pooling_mode_cls_token") or said.get("pooling_mode") == "cls":
+        modes = [key for key, value in said.items() if key.startswith("pooling_mode_") and value is True]
+        modes += [said["pooling_mode"]] if "pooling_mode" in said else []
+        if modes in (["pooling_mode_cls_token"], ["cls"]):
             return "first"
-        return "mean" if said.get("pooling_mode_mean_tokens") or said.get("pooling_mode") == "mean" else ""
+        return "mean" if modes in (["pooling_mode_mean_tokens"], ["mean"]) else ""
     except (OSError, ValueError, AttributeError):
         return ""
 

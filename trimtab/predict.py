@@ -35,7 +35,7 @@ class Prediction:
     scores: dict[str, float]
     """The probability of every label."""
     truncated: bool
-    """Whether the text was cut: the model did not see its end."""
+    """Whether the text was cut: the model did not see all of it."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from trimtab.resolve import Job, resolve
 from trimtab.rundir import RunDir
 
 _FACTORS = (1 / 3, 1.0, 3.0)  # of the rate that `auto` takes for this width
-_SHARE = 0.1  # of the steps of the run, for each rate
+_SHARE = 0.1  # of the steps of the run, for each rate, after the start of its head
 _FEWEST_STEPS = 20  # below this the warm-up is all that is seen
 _MOST_EVAL_ROWS = 500
 
@@ -80,6 +80,7 @@ def _brief(layered: Layered, usual: Job) -> Layered:
         "data.limit_train": rows,
         "data.limit_eval": min(len(usual.eval.examples), _MOST_EVAL_ROWS),
         "data.max_length": usual.recipe.data.max_length,
+        "train.head_start": usual.recipe.train.head_start,  # fewer rows would settle it otherwise
     }
     return layered.override(values, "search")
 
@@ -92,7 +93,10 @@ def _try(brief: Layered, rate: float) -> Tried:
         run = RunDir(Path(folder))
         run.recipe.write_text(config.dump(layered), "utf-8")
         _, best = run_loop(
-            *(run, ready.job, ready.model, ready.forward),
+            run,
+            ready.job,
+            ready.model,
+            ready.forward,
             tell=lambda event, **values: None,
             observe=lambda event: None,
             start=lambda: start_head(ready),

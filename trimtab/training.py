@@ -376,8 +376,7 @@ def _run(
         tell("warning", text=warning)
 
     def start() -> None:
-        if line := start_head(ready):
-            tell("head", text=line)
+        start_head(ready, lambda line: tell("head", text=line))
 
     progress, best = run_loop(run, job, model, ready.forward, tell, observe, start)
     _restore(model, best)
