@@ -62,7 +62,7 @@ def test_the_answers_are_those_of_logistic_regression_on_what_the_last_layer_see
     encoded = one.job.train.encoded
     with torch.no_grad():
         logits = stock(one.model, one.job.tokenizer.pad_id)(encoded, np.arange(len(encoded))).numpy()
-    probe, _ = logistic.fit(torch.cat(seen).numpy(), encoded.labels)
+    probe, _ = logistic.fit(torch.cat(seen).numpy(), encoded.labels, [1.0])
     theirs = probe.decision_function(torch.cat(seen).numpy())
     ours = logits[:, 1] - logits[:, 0] if labels == 2 else logits - logits.mean(axis=1, keepdims=True)
     assert np.allclose(ours, theirs if labels == 2 else theirs - theirs.mean(axis=1, keepdims=True), atol=6e-2)
@@ -207,7 +207,7 @@ def test_a_run_that_goes_on_starts_no_head_again(csv_file: Path, sentence_bert: 
 
 def test_a_label_without_training_rows_does_not_stop_it() -> None:
     rng = np.random.default_rng(0)
-    weight, bias = headstart._logistic(rng.normal(size=(20, 4)).astype(np.float32), np.arange(20) % 2 * 2, 4)
+    weight, bias = headstart._logistic(rng.normal(size=(20, 4)).astype(np.float32), np.arange(20) % 2 * 2, 4, [1.0])
     assert weight.shape == (4, 4)
     assert not weight[[1, 3]].any()
     assert (bias[[1, 3]] <= bias[[0, 2]].min()).all()
