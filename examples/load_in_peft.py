@@ -42,7 +42,7 @@ def main(run: str) -> None:
     said = about["preprocessing"]
     # The tokenizer's own truncation would keep the start alone.
     whole = tokenizer(TEXTS, truncation=False)["input_ids"]
-    ids = [cut(one, said["max_length"], said["keep"]) for one in whole]
+    ids = [cut(one, said["max_length"], said.get("keep", "start")) for one in whole]
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     with torch.inference_mode():
         theirs = model(**batch).logits.numpy()
