@@ -9,6 +9,7 @@ from test_training import contents, small
 
 from trimtab import config, search, training
 from trimtab.errors import RecipeError
+from trimtab.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -59,3 +60,10 @@ def test_a_run_records_its_rate_and_a_repeat_does_not_search(
 def test_a_budget_and_a_search_exclude_each_other(csv_file: Path, bert: Path) -> None:
     with pytest.raises(RecipeError, match="no budget knows"):
         training.train(searched(csv_file, bert), budget="1m")
+
+
+def test_a_trial_starts_its_head_as_the_run_will(csv_file: Path, bert: Path) -> None:
+    layered = small(csv_file, bert)
+    brief = search._brief(layered, resolve(layered))
+    assert layered.recipe.train.head_start == "auto"
+    assert brief.recipe.train.head_start == "probe", "settled once, by the rows of the run"
