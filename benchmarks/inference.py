@@ -106,7 +106,10 @@ def runtimes(folder: Path, adapter: Path, base: str, classifier: trimtab.Classif
         )
 
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(str(file)), "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    hints: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    if kind() == "bf16":
+        hints["INFERENCE_PRECISION_HINT"] = "bf16"
+    compiled = core.compile_model(core.read_model(str(file)), "CPU", hints)
     return {
         "onnxruntime float32": onnx(file),
         "onnxruntime int8": onnx(small),

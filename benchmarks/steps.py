@@ -3,8 +3,8 @@
     python benchmarks/steps.py [--rounds 3] [--parts roberta,short_texts]
 
 roberta-base's shape (random weights; speed does not depend on them), 16 x 256 tokens: the step, and the share of the
-rate of a plain matrix product that it reaches. Short texts: one epoch of the 8,530 rotten_tomatoes sentences on MiniLM
-in batches of 16. trimtab without base dropout, stock with it, as its configs say. Writes
+rate of a plain matrix product of its dtype that it reaches. Short texts: one epoch of the 8,530 rotten_tomatoes
+sentences on MiniLM in batches of 16. trimtab without base dropout, stock with it, as its configs say. Writes
 benchmarks/results/steps-KIND.json, a part as soon as it is done. Needs the extra `demo`; takes about 20 minutes on two
 AVX2 cores.
 """
@@ -86,9 +86,9 @@ def needed_flops(layers: int, width: int, inner: int) -> float:
     return float((layers - 1) * whole + last + (layers - 2) * whole_back + first_back + last_back)
 
 
-def product_rate() -> float:
-    """FLOP/s of one large float32 product, over 20 of them: what the machine keeps up, not what it does at its best."""
-    a, b, times = torch.randn(4_096, 768), torch.randn(768, 3_072), 20
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of one large product, over 20 of them: what the machine keeps up, not what it does at its best."""
+    a, b, times = torch.randn(4_096, 768).to(dtype), torch.randn(768, 3_072).to(dtype), 20
     return 2 * 4_096 * 768 * 3_072 * times / seconds(lambda: [a @ b for _ in range(times)])
 
 
@@ -102,20 +102,20 @@ def roberta_step(rounds: int) -> dict[str, Any]:
     offsets = np.arange(ROWS + 1, dtype=np.int64) * LENGTH
     labels = np.arange(ROWS, dtype=np.int64) % 2
     encoded, rows = Encoded(ids, offsets, labels, np.diff(offsets)), np.arange(ROWS)
-    quick, slow = roberta(0.0), roberta(0.1)
+    quick, slow, dtype = roberta(0.0), roberta(0.1), forward.fast_dtype(RuntimeSettings())
     sides = {
-        "ours": (forward.fast(encoder.of_peft_model(quick)), quick),
+        "ours": (forward.fast(encoder.of_peft_model(quick, dtype)), quick),
         "stock": (forward.stock(slow, 1), slow),
     }
     optimizers = {name: torch.optim.AdamW(trainable(model).values()) for name, (_, model) in sides.items()}
     found: list[dict[str, float]] = []
     for _ in range(rounds + 1):  # the first warms up
-        one, rates = {}, [product_rate()]
+        one, rates = {}, [product_rate(dtype)]
         for name, (run, model) in sides.items():
             one[name] = seconds(
                 lambda run=run, model=model, name=name: step(run, model, optimizers[name], encoded, rows)
             )  # type: ignore[misc]
-            rates.append(product_rate())
+            rates.append(product_rate(dtype))
         one["flops_per_s"] = statistics.mean(rates[:2])  # before and after ours
         one["share"] = needed_flops(12, 768, 3_072) / one["ours"] / one["flops_per_s"]
         found.append(one)
@@ -138,7 +138,7 @@ def short_texts(rounds: int) -> dict[str, Any]:
     encoded = tokens.encode(texts, tokenizer, 256, labels)
     quick, slow = minilm(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), minilm()
     sides = {
-        "ours": (forward.fast(encoder.of_peft_model(quick)), quick, True),
+        "ours": (forward.fast(encoder.of_peft_model(quick, forward.fast_dtype(RuntimeSettings()))), quick, True),
         "stock": (forward.stock(slow, 0), slow, False),
     }
     found: list[dict[str, float]] = []

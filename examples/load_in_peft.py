@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
+from trimtab.config import RuntimeSettings
 from trimtab.rundir import locate
 
 TEXTS = [
@@ -46,7 +47,7 @@ def main(run: str) -> None:
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     with torch.inference_mode():
         theirs = model(**batch).logits.numpy()
-    classifier = trimtab.load(run)
+    classifier = trimtab.load(run, runtime=RuntimeSettings(dtype="float32"))  # as peft computes here
     ours = classifier.logits(classifier.encode(TEXTS))
     difference = float(abs(ours - theirs).max())
     print(f"largest difference of a logit: {difference:.1e} ({Path(adapter).name} of {len(about['labels'])} labels)")

@@ -25,6 +25,16 @@ GOOD = ("good", "wonderful", "great")
 BAD = ("bad", "boring", "awful")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _float32() -> Iterator[None]:
+    """Tests state what float32 gives, on every processor; the processes that they start choose as users' do."""
+    from trimtab import forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "has_bf16", lambda chip: False)
+        yield
+
+
 FIGURES: Counter[str] = Counter()
 """What the tests of faults have done; told at the end."""
 

@@ -43,7 +43,7 @@ from trimtab.resolve import resolve
 
 rows, base, out = sys.argv[1:]
 flags = {"data.train": (rows,), "base.model": base, "data.names": {"0": "差评/negative", "1": "好评/positive"}}
-job = resolve(config.assemble("default", flags, ["runtime.device=cpu", "runtime.threads=1"]))
+job = resolve(config.assemble("default", flags, ["runtime.device=cpu", "runtime.threads=1", "runtime.dtype=float32"]))
 ready = training.make_ready(job)
 model, head = ready.model, ready.head
 adapter.write(Path(out), model, stock(model, job.tokenizer.pad_id), labels=job.labels, max_length=32, keep="start",

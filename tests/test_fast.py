@@ -27,7 +27,7 @@ from trimtab.fast.encoder import LAYOUTS, Batch, NotSupported
 from trimtab.fast.layer import Group, Layer
 from trimtab.fast.workspace import Workspace
 from trimtab.hub import find_base
-from trimtab.machine import Processor, has_bf16, processor
+from trimtab.machine import Processor
 from trimtab.model import head_modules, inject, load_base, load_config, on_layers, resolve_targets, trainable
 from trimtab.tokens import Encoded
 
@@ -485,6 +485,8 @@ def test_merged_files_answer_as_peft_does(runs: Callable[[str], Path], kind: str
         ("AMD EPYC", ("avx2",), torch.bfloat16, True, False),
         ("AMD EPYC", ("avx2",), torch.float32, False, False),
         ("AMD EPYC 9654", ("avx2", "avx512_bf16", "avx512f"), torch.float32, True, False),
+        ("AMD EPYC 9654", ("avx2", "avx512_bf16", "avx512f"), torch.bfloat16, True, True),
+        ("AMD EPYC 9654", ("avx2", "avx512_bf16", "avx512f"), torch.bfloat16, False, False),
         ("Intel(R) Xeon(R)", ("avx2",), torch.float32, True, False),
         ("AMD64", ("avx2",), torch.float32, True, False),  # what Windows may call an Intel too
     ],
@@ -520,6 +522,24 @@ def test_weights_in_the_layout_of_onednn_answer_alike(
         assert np.abs(plain.logits(encoded) - kept.logits(encoded)).max() < 1e-5
     assert products
     assert min(products) >= 10
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_weights_in_the_layout_of_onednn_answer_alike_in_bfloat16(
+    runs: Callable[[str], Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "has_bf16", lambda chip: True)
+    loaded, products, product = [], [], blocked.Blocked.product
+    for pays in (False, True):
+        monkeypatch.setattr(blocked, "pays", lambda dtype, pays=pays: pays)
+        loaded.append(predict.load(runs(kind), runtime=RuntimeSettings(dtype="bfloat16")))
+    monkeypatch.setattr(blocked.Blocked, "product", lambda *args: products.append(len(args[1])) or product(*args))
+    plain, kept = loaded
+    for texts in (TEXTS, ["film"], [*TEXTS, "the great film " * 40]):
+        encoded = plain.encode(texts)
+        assert np.abs(plain.logits(encoded) - kept.logits(encoded)).max() < 0.05
+    assert min(products) <= 3  # of one text, the last layer's queries: few tokens take it too
 
 
 def test_a_base_saved_without_its_prefix_and_with_old_names(runs: Callable[[str], Path], tmp_path: Path) -> None:
@@ -575,9 +595,8 @@ def test_a_run_is_verified_with_its_own_runtime(runs: Callable[[str], Path], tmp
     assert 'fast = "off"' in (run / "recipe.toml").read_text("utf-8")
     assert evaluation.verify(run).ok
     (run / "recipe.toml").write_text(recipe.replace('dtype = "auto"', 'dtype = "bfloat16"'), "utf-8")
-    if not has_bf16(processor()):
-        with pytest.raises(RecipeError, match="no bfloat16 instructions"):
-            evaluation.verify(run)
+    with pytest.raises(RecipeError, match="no bfloat16 instructions"):
+        evaluation.verify(run)
 
 
 def test_predicting_imports_neither_transformers_nor_peft(runs: Callable[[str], Path]) -> None:

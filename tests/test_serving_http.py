@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +21,8 @@ import pytest
 from adapters import answers, write_adapter
 from bases import write_base
 from pydantic import BaseModel, ValidationError
-from servers import ADMIN, READER, TOKENS, Server, bearer, start
+from servers import ADMIN, READER, TOKENS, Server, bearer
+from servers import start as start_server
 
 from trimtab.serving import formats
 from trimtab.serving.guard import PUBLIC
@@ -28,6 +30,7 @@ from trimtab.serving.guard import PUBLIC
 TENSOR = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}
 
 TEXTS = ["a great film", "boring", "the plot is not very good " * 9, "an awful film"]
+start = partial(start_server, "--set", "runtime.dtype=float32")  # as peft, to compare numbers
 LABELS = {"reviews": ("neg", "pos"), "topics": ("sport", "film", "other")}
 
 

@@ -129,6 +129,8 @@ def adopt(
     model = inject(loaded.model, lora, lora.target_modules, head, found_base.recorded_as)
     _fill(model, tensors)
     settings = runtime or RuntimeSettings()
+    if settings.dtype == "auto":  # the answers that are kept with it are peft's to the last bit but one
+        settings = settings.model_copy(update={"dtype": "float32"})
     device = place(settings).device
     model = model.to(device).eval()
     alone = probe(stock(model, tokenizer.pad_id), tokenizer, length, "start")

@@ -197,7 +197,7 @@ class RuntimeSettings(Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, else cpu.")
     threads: int = Field(0, ge=0, le=4096, description="CPU threads; 0: OMP_NUM_THREADS, else the cores we may use.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the fast forward; auto: float32.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it.")
     fast: Literal["auto", "on", "off"] = Field("auto", description="The fast forward of the BERT family on a CPU.")
     trunk_cache: Literal["auto", "on", "off"] = Field(
         "auto", description="Frozen layers below LoRA computed once and kept; auto: from 2 epochs on, where it fits."

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab import baselines, data, predictions
+from trimtab import adapter, baselines, data, predictions
 from trimtab.build import make_ready
 from trimtab.classification import metrics
 from trimtab.config import RuntimeSettings, load_recipe
@@ -18,7 +18,7 @@ from trimtab.errors import TrimtabError
 from trimtab.machine import peak_rss_bytes
 from trimtab.predict import load
 from trimtab.resolve import Part, resolve
-from trimtab.rundir import RunDir, locate
+from trimtab.rundir import RunDir, adapter_in, locate
 
 _CHECKED_ROWS = 64
 # Differences of logits that are rounding; where the largest logit is above 1, as a share of it.
@@ -111,13 +111,15 @@ def _baselines(run: RunDir, scored: Part, logits: npt.NDArray[np.float32], base:
 def verify(path: str | Path, *, base: str | None = None) -> Verification:
     """Computes stored logits again: those of the probe sentences, and of a run's first 64 predictions.
 
-    A run is checked with its own `runtime` settings.
+    A run is checked with its own `runtime` settings; what was computed in float32, in float32 on every processor.
 
     Raises:
         ArtefactError, BaseModelError: as `load` does.
     """
     run = RunDir(locate(path))
-    runtime = load_recipe(str(run.recipe)).recipe.runtime if run.recipe.is_file() else None
+    runtime = load_recipe(str(run.recipe)).recipe.runtime if run.recipe.is_file() else RuntimeSettings()
+    if runtime.dtype == "auto" and adapter.read(adapter_in(path)).computed_in == "float32":
+        runtime = runtime.model_copy(update={"dtype": "float32"})
     classifier = load(path, base=base, runtime=runtime)
     texts = [text for text, _ in classifier.adapter.probes]
     stored = np.array([logits for _, logits in classifier.adapter.probes], np.float32)

@@ -54,14 +54,15 @@ class Engine:
 
 
 def fast_dtype(settings: RuntimeSettings) -> torch.dtype:
-    """The dtype of the fast forward.
+    """The dtype of the fast forward: bfloat16 where the processor multiplies it, unless the recipe says otherwise.
 
     Raises:
         RecipeError: bfloat16 without instructions for it.
     """
-    if settings.dtype != "bfloat16":
+    offered = has_bf16(processor())
+    if settings.dtype == "float32" or (settings.dtype == "auto" and not offered):
         return torch.float32
-    if not has_bf16(processor()):
+    if not offered:
         raise RecipeError(
             "runtime.dtype",
             "This processor has no bfloat16 instructions: its products would take 20 to 70 times as long as float32.",

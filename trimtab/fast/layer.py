@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from trimtab.fast import blocked
 from trimtab.fast.blocked import Blocked
 from trimtab.fast.dropout import Noise, keep_scale
 from trimtab.fast.workspace import Workspace
@@ -284,7 +283,7 @@ def backward(
 def _product(layer: Layer, place: int, x: Tensor, out: Tensor, scope: Scope) -> tuple[Tensor, Tensor | None]:
     """The product at `place` of `Layer.linears`: x [N, in] -> [N, out], in `out` or not, and LoRA's thin one [N, r]."""
     item = layer.linears[place]
-    if item.blocked is not None and len(x) >= blocked.LEAST_TOKENS:
+    if item.blocked is not None and item.blocked.takes(len(x)):
         out = item.blocked.product(x, item.bias)
     else:
         torch.addmm(item.bias, x, item.weight.t(), out=out)
