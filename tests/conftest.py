@@ -29,9 +29,10 @@ BAD = ("bad", "boring", "awful")
 def _float32() -> Iterator[None]:
     """Tests state what float32 gives, on every processor; the processes that they start choose as users' do."""
     from trimtab import forward
+    from trimtab.machine import Processor
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "has_bf16", lambda chip: False)
+        patch.setattr(forward, "processor", lambda: Processor("without bfloat16", ("avx2",)))
         yield
 
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
-from trimtab import adapter, cli, tokens
+from trimtab import adapter, cli, forward, tokens
 from trimtab.adopt import Adopted, adopt
 from trimtab.config import RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError, RecipeError, ResourceError, TrimtabError
 from trimtab.hub import find_base
+from trimtab.machine import Processor
 from trimtab.serving import base as serving
 
 KINDS = ("bert", "roberta", "distilbert", "xlm-roberta", "electra")
@@ -199,6 +200,15 @@ def test_an_adapter_in_half_precision_and_of_an_old_peft(places: dict[str, Path]
     edit_config(lambda config: [config.pop(key) for key in ("use_dora", "use_rslora", "peft_version")])(source)
 
     check_answers(adopt(source, tmp_path / "ours", names=NAMES), peft_answers(source, places["bert"]))
+
+
+def test_answers_are_kept_as_float32_gives_them(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "processor", lambda: Processor("a chip", ("avx2", "avx512_bf16")))
+    found = adopt(write_peft(tmp_path / "peft", places["bert"]), tmp_path / "ours", names=NAMES)
+    assert found.difference < 1e-4
+    assert adapter.read(found.folder).computed_in == "float32"
 
 
 def test_five_labels_with_names_in_two_languages(places: dict[str, Path], tmp_path: Path) -> None:

@@ -100,8 +100,8 @@ def test_the_requirements_are_those_of_the_installed_trimtab(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("features", "system", "level", "words"),
     [
-        ("avx2 avx512f avx512_bf16", "x86_64", "good", "avx512_bf16: bf16 in hardware"),
-        ("bf16", "aarch64", "good", "bf16 in hardware"),
+        ("avx2 avx512f avx512_bf16", "x86_64", "good", "avx512_bf16: bf16 in hardware, which"),
+        ("bf16", "aarch64", "good", "bf16 in hardware, for runtime.dtype=bfloat16"),
         ("avx2 avx512f", "x86_64", "good", "float32 is the fast dtype, bf16 would be slow"),
         ("", "arm64", "good", "float32 is the fast dtype"),
         ("", "AMD64", "doubtful", "no AVX2 seen"),

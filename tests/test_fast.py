@@ -588,6 +588,25 @@ def test_half_a_character_is_told(runs: Callable[[str], Path]) -> None:
         predict.load(runs("bert")).predict(["a film", "caf\udce9"])
 
 
+@pytest.mark.parametrize(
+    ("features", "has_onednn", "asked", "expected"),
+    [
+        (("avx2", "avx512_bf16"), True, "auto", torch.bfloat16),
+        (("avx2", "avx512_bf16"), False, "auto", torch.float32),
+        (("avx2", "avx512_bf16"), True, "float32", torch.float32),
+        (("avx2",), True, "auto", torch.float32),
+        (("bf16",), True, "auto", torch.float32),  # nobody has measured ARM's
+        (("bf16",), True, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_bfloat16_is_taken_where_it_was_measured(
+    features: tuple[str, ...], has_onednn: bool, asked: Any, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "processor", lambda: Processor("a chip", features))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    assert forward.fast_dtype(RuntimeSettings(dtype=asked)) == expected
+
+
 def test_a_run_is_verified_with_its_own_runtime(runs: Callable[[str], Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs("bert"), tmp_path / "run"))
     recipe = (run / "recipe.toml").read_text("utf-8")
@@ -597,6 +616,16 @@ def test_a_run_is_verified_with_its_own_runtime(runs: Callable[[str], Path], tmp
     (run / "recipe.toml").write_text(recipe.replace('dtype = "auto"', 'dtype = "bfloat16"'), "utf-8")
     with pytest.raises(RecipeError, match="no bfloat16 instructions"):
         evaluation.verify(run)
+
+
+def test_what_float32_computed_is_verified_in_float32(
+    runs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "processor", lambda: Processor("a chip", ("avx2", "avx512_bf16")))
+    assert predict.load(runs("bert")).engine.dtype == "bfloat16"
+    found = evaluation.verify(runs("bert"))
+    assert found.ok
+    assert found.tolerance < 1e-3  # not bfloat16's
 
 
 def test_predicting_imports_neither_transformers_nor_peft(runs: Callable[[str], Path]) -> None:

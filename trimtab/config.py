@@ -197,7 +197,9 @@ class RuntimeSettings(Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, else cpu.")
     threads: int = Field(0, ge=0, le=4096, description="CPU threads; 0: OMP_NUM_THREADS, else the cores we may use.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 with AVX-512's instructions."
+    )
     fast: Literal["auto", "on", "off"] = Field("auto", description="The fast forward of the BERT family on a CPU.")
     trunk_cache: Literal["auto", "on", "off"] = Field(
         "auto", description="Frozen layers below LoRA computed once and kept; auto: from 2 epochs on, where it fits."

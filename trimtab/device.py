@@ -8,7 +8,7 @@ import torch
 
 from trimtab.config import RuntimeSettings
 from trimtab.errors import RecipeError
-from trimtab.machine import cgroup, keep_freed_memory, usable_cores
+from trimtab.machine import cgroup, keep_few_shapes, keep_freed_memory, usable_cores
 
 _TORCH_THREADS = torch.get_num_threads()  # read before anything sets it
 
@@ -61,6 +61,7 @@ def place(settings: RuntimeSettings) -> Placement:
     torch.set_num_threads(threads)
     if name == "cpu":
         keep_freed_memory()
+        keep_few_shapes()
     return Placement(torch.device(name), reason, threads, threads_reason)
 
 

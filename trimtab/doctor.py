@@ -111,8 +111,10 @@ def check_cpu() -> Check:
 
     chip = machine.processor()
     found = f"{chip.name}; {', '.join(chip.features) or platform.machine()}"
-    if machine.has_bf16(chip):
+    if "avx512_bf16" in chip.features:
         return Check("cpu", "good", f"{found}: bf16 in hardware, which the fast forward computes in")
+    if machine.has_bf16(chip):
+        return Check("cpu", "good", f"{found}: bf16 in hardware, for runtime.dtype=bfloat16; else float32")
     if "avx2" in chip.features or platform.machine().lower() in ("arm64", "aarch64"):
         return Check("cpu", "good", f"{found}: float32 is the fast dtype, bf16 would be slow")
     mend = "if the CPU has no AVX2, expect a slow run: take a small base model, or another machine"
