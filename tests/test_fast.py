@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import seal
 from bases import write_base
 from safetensors.torch import load_file, save_file
 
@@ -626,6 +627,19 @@ def test_what_float32_computed_is_verified_in_float32(
     found = evaluation.verify(runs("bert"))
     assert found.ok
     assert found.tolerance < 1e-3  # not bfloat16's
+
+
+@pytest.mark.parametrize(("before", "share"), [("float32", 1e-4), ("bfloat16", 5e-2)])
+def test_what_bfloat16_computed_may_differ_from_float32(
+    runs: Callable[[str], Path], tmp_path: Path, before: str, share: float
+) -> None:
+    copy = Path(shutil.copytree(runs("bert") / "adapter", tmp_path / "adapter"))
+    meta = json.loads((copy / "trimtab.json").read_text("utf-8"))
+    (copy / "trimtab.json").write_text(json.dumps(meta | {"computed_in": before}), "utf-8")
+    seal(copy)
+    found = evaluation.verify(copy)
+    largest = max(1.0, np.abs([probe["logits"] for probe in meta["probes"]]).max())
+    assert found.tolerance == pytest.approx(share * largest)
 
 
 def test_predicting_imports_neither_transformers_nor_peft(runs: Callable[[str], Path]) -> None:
