@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab import rundir
-from trimtab.machine import has_bf16, processor
+from trimtab.machine import is_faster_in_bf16, processor
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def kind() -> str:
-    """The kind of processor that a figure belongs to: `bf16` where it has such instructions, else `avx2`."""
-    return "bf16" if has_bf16(processor()) else "avx2"
+    """The kind of processor that a figure belongs to: `bf16` where we compute in it, else `avx2`."""
+    return "bf16" if is_faster_in_bf16(processor()) else "avx2"
 
 
 def commit() -> str:

@@ -37,7 +37,7 @@ class Placement:
 
 
 def place(settings: RuntimeSettings) -> Placement:
-    """Chooses the device, sets torch's threads and the allocator.
+    """Chooses the device, sets torch's threads, the allocator and what oneDNN keeps.
 
     Raises:
         RecipeError: the recipe asks for a device that torch does not offer here.

@@ -111,7 +111,7 @@ def check_cpu() -> Check:
 
     chip = machine.processor()
     found = f"{chip.name}; {', '.join(chip.features) or platform.machine()}"
-    if "avx512_bf16" in chip.features:
+    if machine.is_faster_in_bf16(chip):
         return Check("cpu", "good", f"{found}: bf16 in hardware, which the fast forward computes in")
     if machine.has_bf16(chip):
         return Check("cpu", "good", f"{found}: bf16 in hardware, for runtime.dtype=bfloat16; else float32")

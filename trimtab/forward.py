@@ -14,7 +14,7 @@ from trimtab.errors import RecipeError
 from trimtab.fast import encoder
 from trimtab.fast.dropout import Noise
 from trimtab.fast.encoder import Encoder, NotSupported, Stored
-from trimtab.machine import has_bf16, processor
+from trimtab.machine import has_bf16, is_faster_in_bf16, processor
 from trimtab.tokens import Encoded
 
 
@@ -54,7 +54,7 @@ class Engine:
 
 
 def fast_dtype(settings: RuntimeSettings) -> torch.dtype:
-    """The dtype of the fast forward; `auto` is bfloat16 where that was measured: by oneDNN with AVX-512's instructions.
+    """The dtype of the fast forward; `auto` is bfloat16 where that was measured to be faster, by oneDNN.
 
     Raises:
         RecipeError: bfloat16 without instructions for it.
@@ -62,7 +62,7 @@ def fast_dtype(settings: RuntimeSettings) -> torch.dtype:
     chip = processor()
     if settings.dtype == "auto":
         has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        return torch.bfloat16 if has_onednn and "avx512_bf16" in chip.features else torch.float32
+        return torch.bfloat16 if has_onednn and is_faster_in_bf16(chip) else torch.float32
     if settings.dtype == "float32":
         return torch.float32
     if not has_bf16(chip):

@@ -38,6 +38,11 @@ def has_bf16(chip: Processor) -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(chip.features))
 
 
+def is_faster_in_bf16(chip: Processor) -> bool:
+    """Whether bfloat16 was measured to be faster on its kind: AVX-512's instructions; ARM's nobody has measured."""
+    return "avx512_bf16" in chip.features
+
+
 def cgroup(root: Path = Path("/sys/fs/cgroup")) -> tuple[float, int]:
     """What a container grants: (cores, bytes of memory); 0 where there is no limit. cgroup v2, else v1."""
     cores, memory = 0.0, 0
