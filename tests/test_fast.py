@@ -17,6 +17,7 @@ import torch
 from adapters import seal
 from bases import write_base
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from trimtab import config, evaluation, forward, predict, tokens, training
 from trimtab.classification import loss_sum
@@ -657,6 +658,18 @@ def test_bfloat16_is_close_to_float32(folders: Callable[[str], Path], kind: str)
     assert 0 < (exact - rounded).abs().max() < 0.1
     assert torch.cosine_similarity(exact_gradient, gradient, dim=0) > 0.999
     assert model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps is Linux's")
+def test_weights_in_bfloat16_let_go_of_the_base_s_file(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """86 MB of MiniLM's stayed in memory for its pooler, which is not converted."""
+    folder = Path(shutil.copytree(folders("bert"), tmp_path / "base"))
+    AutoModel.from_pretrained(str(folder)).save_pretrained(str(folder))  # with a pooler
+    maps, file = Path("/proc/self/maps"), str(folder / "model.safetensors")
+    model, _ = make_model(folder)
+    assert file in maps.read_text()
+    encoder.of_peft_model(model, torch.bfloat16)
+    assert file not in maps.read_text()
 
 
 def test_files_in_bfloat16_keep_lora_beside_the_weights(

@@ -101,15 +101,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_few_shapes() -> None:
-    """Lets oneDNN keep 256 shapes of products, for all threads and for each, where 1,024 are its and torch's default.
+    """Lets oneDNN keep 256 shapes of products for all threads and torch 64 for each, where 1,024 are their defaults.
 
     In bfloat16 every shape has code of its own, 0.3 to 0.7 MB, and batches of texts bring new shapes all the time: the
-    tutorial's recipe peaked at 2.3 GB; 24 of its steps at 1.70 instead of 1.35 GB. A step has about 150 shapes a
-    thread: with 128 it took 13 % longer, with 256 as long as with 1,024 (read by hand, AMD with bf16 instructions).
-    What the environment says already stands; after oneDNN's first product this does nothing.
+    tutorial's recipe peaked at 2.3 GB; 24 of its steps at 1.70 GB, at 1.35 with 256 of each. A step has about 150
+    shapes a thread and comes back to most within a layer: 64 a thread took as long as 256 (1.00 and 1.02 in two
+    pairs) and 170 MB less (read by hand, AMD with bf16 instructions). What the environment says already stands; after
+    oneDNN's first product this does nothing.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # oneDNN's, one for all threads
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "256")  # of ideep, by which torch calls it: one for each thread
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")  # of ideep, by which torch calls it: one for each thread
 
 
 def give_back_freed_memory() -> None:

@@ -660,8 +660,9 @@ def of_peft_model(model: Any, dtype: torch.dtype = torch.float32) -> Encoder:
     if dtype != torch.float32:
         head = LAYOUTS[inner.config.model_type].head
         for name, parameter in inner.named_parameters():
-            if not (parameter.requires_grad or ".original_module." in name or name.startswith(head)):
-                parameter.data = parameter.data.to(dtype)
+            stays = parameter.requires_grad or ".original_module." in name or name.startswith(head)
+            # A copy of what stays: one tensor that is still the base's file keeps all of its pages in memory.
+            parameter.data = parameter.data.clone() if stays else parameter.data.to(dtype)
         built = _of_module(inner)  # the row of the token types is a view of what was there before
     return built
 
