@@ -105,7 +105,7 @@ def keep_few_shapes() -> None:
 
     In bfloat16 every shape has code of its own, 0.3 to 0.7 MB, and batches of texts bring new shapes all the time: the
     tutorial's recipe peaked at 2.3 GB; 24 of its steps at 1.70 GB, at 1.35 with 256 of each. A step has about 150
-    shapes a thread and comes back to most within a layer: 64 a thread took as long as 256 (1.00 and 1.02 in two
+    shapes a thread and comes back to most within a layer: 64 a thread took as long as 256 (0.99 and 1.01 in two
     pairs) and 170 MB less (read by hand, AMD with bf16 instructions). What the environment says already stands; after
     oneDNN's first product this does nothing.
     """
