@@ -646,11 +646,11 @@ class _Taken:
 
 
 def of_peft_model(model: Any, dtype: torch.dtype = torch.float32) -> Encoder:
-    """An encoder over the parameters of a peft model around a transformers classifier; nothing is copied.
+    """An encoder over the parameters of a peft model around a transformers classifier; in float32 nothing is copied.
 
     Args:
         model: The peft model.
-        dtype: Of the frozen weights, which are converted where they stand; what is trained stays float32.
+        dtype: Of the frozen weights, whose parameters get converted data; what is trained stays float32.
 
     Raises:
         NotSupported: it is not one of the family, or its LoRA is of a variant that is not computed here.
