@@ -106,6 +106,11 @@ class DataSettings(Section):
         "ends",
         description="What is left of a text that is cut: start; or ends, a quarter of it the start, the rest the end.",
     )
+    label_names: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether each label's name, such as card_arrival, is a training row too; "
+        "auto: where rows a label are few and head_start is sentence.",
+    )
     bad_rows: Literal["error", "skip"] = Field("error", description="Rows that cannot be used: stop, or set aside.")
     seed: int = Field(42, ge=0, description="Seed of the split and of the drawn rows.")
 
@@ -114,8 +119,10 @@ class BaseSettings(Section):
     """The frozen model."""
 
     model: str = Field(MINILM, description="A folder or a hub id.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] | Literal["config"] = Field(
-        0.0, description="Dropout in the base while training; config: as the model's config says."
+    dropout: Annotated[float, Field(ge=0, lt=1)] | Literal["auto", "config"] = Field(
+        "auto",
+        description="Dropout in the base while training; config: as the model's config says; "
+        "auto: 0.1 where rows a label are few, else 0.",
     )
 
 

@@ -132,7 +132,9 @@ def _start_lines(event: Mapping[str, Any]) -> list[str]:
     shown = ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
     return [
         f"run     {event['run']}",
-        f"data    {event['rows']:,} rows to train on, {event['eval_rows']:,} to evaluate"
+        f"data    {event['rows']:,} rows to train on"
+        + (f" ({named:,} of them the labels' names)" if (named := event["data"]["train"]["label_names"]) else "")
+        + f", {event['eval_rows']:,} to evaluate"
         + (f", {event['test_rows']:,} to test" if event["test_rows"] else "")
         + f"; text <- {recipe['data']['text']}, label <- {recipe['data']['label']}",
         *(f"        {line}" for line in data_lines(event["data"], whole=False)),

@@ -219,6 +219,8 @@ class Part:
     rows_in: int | None
     skipped: int
     used: int
+    label_names: int
+    """The labels' names that were training rows too."""
     labels: int
     majority_share: float
     duplicates: int
@@ -623,6 +625,7 @@ def _part(role: str, one: Mapping[str, Any]) -> Part:
         rows_in=one.get("rows_in"),
         skipped=sum(_mapping(one.get("rows_skipped")).values()),
         used=one["rows_used"],
+        label_names=one.get("label_names", 0),
         labels=sum(1 for rows in one["rows_per_label"].values() if rows),
         majority_share=one["majority_share"],
         duplicates=one.get("duplicate_rows", 0),

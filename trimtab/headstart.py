@@ -36,6 +36,9 @@ _MOST_ROWS = 2_000  # that the probe learns from; more teach a head little that 
 # with few rows a label need it, and cross-validation sees that.
 _CS = (1.0,)
 _SENTENCE_STEPS = 100  # with which LoRA learns the sentence vectors
+# At MiniLM's width, and less for wider bases: with 10 rows a label a probe on what the first token then says comes to
+# 0.827, at 1e-3 to 0.818. The rate of the labels is not asked, so that rates can be compared from one start.
+_RATE, _WIDTH = 6e-3, 384
 _WARMUP_RATIO = 0.1
 _MAX_NORM = 1.0
 _REACH = 0.5  # standard deviation of what goes into the activation: tanh is nearly straight there
@@ -103,14 +106,14 @@ def _learn_sentences(ready: Ready, built: Encoder, batches: list[npt.NDArray[np.
     rows = np.unique(np.concatenate(batches))
     vectors = torch.from_numpy(baselines.encoder(ready.engine.vectors, ready.job.base.folder)(encoded, rows))
     optimizer = torch.optim.AdamW(matrices, weight_decay=0.0)
+    highest = _RATE * min(1.0, _WIDTH / vectors.shape[1])
     for step, batch in enumerate(batches):
         interrupts.check()
         first = encoder.learning_first_tokens(built, encoder.cut(encoded.ids, encoded.offsets, batch))
         wanted = vectors[np.searchsorted(rows, batch)]
         (1 - cosine_similarity(first.float(), wanted)).mean().backward()  # type: ignore[no-untyped-call]
         if torch.nn.utils.clip_grad_norm_(matrices, _MAX_NORM).isfinite():
-            rate = float(ready.job.recipe.train.learning_rate)
-            optimizer.param_groups[0]["lr"] = rate * schedule(step, len(batches), _WARMUP_RATIO)
+            optimizer.param_groups[0]["lr"] = highest * schedule(step, len(batches), _WARMUP_RATIO)
             optimizer.step()
         optimizer.zero_grad()
 

@@ -130,6 +130,7 @@ def data_lines(data_report: Mapping[str, Any], *, whole: bool = True) -> list[st
         ("rows in", [_number(found[role]["rows_in"]) for role in roles]),
         ("set aside", [_number(sum((found[role]["rows_skipped"] or {}).values())) for role in roles]),
         ("used", [_number(found[role]["rows_used"]) for role in roles]),
+        ("label names", [_number(found[role].get("label_names")) for role in roles]),
         ("labels", [_number(len(found[role]["rows_per_label"])) for role in roles]),
         ("commonest label", [f"{found[role]['majority_share']:.1%}" for role in roles]),
         ("duplicates", [_number(found[role]["duplicate_rows"]) for role in roles]),

@@ -7,6 +7,7 @@ Nothing is written and no weight is read here, so whatever is wrong is found in 
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ _FEWEST_STEPS = 200  # 400 came to no better score on 1,000 short reviews
 _FEW_ROWS = 100  # one row is a point of accuracy then
 # A label, from which on the first token learns by itself: at 450 sentence vectors brought nothing, at 10 three points.
 _MANY_ROWS = 200
+# A label, below which base dropout and the labels' names help: at 10 a point and another, on two in three rows.
+_FEW_A_LABEL = 50
 _MOST_TOKENS = 256  # of `auto`: twice the length costs over twice the time, and 256 is what MiniLM was trained with
 
 
@@ -119,6 +122,8 @@ def resolve(layered: Layered) -> Job:
     values = data.check_classes(rows["train"].examples)
     labels = make_labels(values, recipe.data.names)
     parts = _draw(recipe, rows)
+    layered = _with_base_dropout(layered, len(parts["train"]) / len(labels))
+    recipe = layered.recipe
     base = find_base(recipe.base.model)
     first = adapter_to_start_from(recipe)
     sums = _check_sums(recipe, rows, base, first)
@@ -147,6 +152,8 @@ def resolve(layered: Layered) -> Job:
 
     index = labels.index()
     max_length = int(settled.recipe.data.max_length)
+    drawn, named = parts, _label_rows(labels, parts["train"]) if settled.recipe.data.label_names == "on" else []
+    parts = {**drawn, "train": [*drawn["train"], *named]}
     known = preflight.known_rows(rows, parts)
     encoded = {
         role: Part(
@@ -162,7 +169,8 @@ def resolve(layered: Layered) -> Job:
         )
         for role, examples in parts.items()
     }
-    found_rows = preflight.report(rows, parts, known, labels.values)
+    found_rows = preflight.report(rows, drawn, known, labels.values)
+    found_rows["train"]["label_names"] = len(named)
     _with_tokens(found_rows, rows, encoded)
     warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, recipe.data.keep, parts)
     warnings += preflight.warnings(found_rows)
@@ -346,6 +354,13 @@ def _settle(
         found["train.learning_rate"] = (rate, f"auto: width {width:,}")
     if recipe.train.head_start == "auto":
         found["train.head_start"] = _head_start(recipe, base, len(texts), len(labels))
+    if recipe.data.label_names == "auto":
+        start = found["train.head_start"][0] if recipe.train.head_start == "auto" else recipe.train.head_start
+        few = len(texts) < _FEW_A_LABEL * len(labels) and start == "sentence"
+        found["data.label_names"] = (
+            "on" if few else "off",
+            f"auto: {len(texts) // len(labels):,} rows a label, the head starts with {start}",
+        )
     if recipe.train.metric_for_best_model == "auto":
         counts = Counter(example.label for example in train.examples)
         ratio = max(counts.values()) / min(counts.values())
@@ -354,6 +369,32 @@ def _settle(
             f"auto: largest class {ratio:.1f} times the smallest",
         )
     return found
+
+
+def _with_base_dropout(layered: Layered, rows_a_label: float) -> Layered:
+    """Base dropout settled: where rows are few, but not where it would make every pass over a cached trunk another."""
+    recipe = layered.recipe
+    if recipe.base.dropout != "auto":
+        return layered
+    few = rows_a_label < _FEW_A_LABEL and not recipe.lora.top and recipe.runtime.trunk_cache != "on"
+    origin = f"auto: {rows_a_label:,.0f} rows a label" + (", LoRA on the top layers alone" if recipe.lora.top else "")
+    return layered.override({"base.dropout": 0.1 if few else 0.0}, {"base.dropout": origin})
+
+
+def _label_rows(labels: Labels, taught: Sequence[Example]) -> list[Example]:
+    """A row for each label whose name says something of its own: `card_arrival` gives "card arrival"."""
+    names = [_words(value) for value in labels.values]
+    taken = Counter(data.reduced(name) for name in names) + Counter({data.reduced(row.text): 1 for row in taught})
+    return [
+        Example(name, value, "the names of the labels", i + 1)
+        for i, (name, value) in enumerate(zip(names, labels.values, strict=True))
+        if re.search(r"[^\W\d_]{2}", name) and taken[data.reduced(name)] == 1
+    ]
+
+
+def _words(name: str) -> str:
+    """`card_arrival`, `card-arrival` and `cardArrival` -> `card arrival`."""
+    return " ".join(re.findall(r"[^\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)))
 
 
 def _head_start(recipe: Recipe, base: Base, rows: int, labels: int) -> tuple[str, str]:
