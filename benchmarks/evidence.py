@@ -7,10 +7,10 @@ Every seed draws its own rows, or their order where all are taken, in a file tha
 same for all and choose nothing: epoch and temperature come from a tenth of the training rows. DIR of banking77 holds
 train.csv and test.csv.
 
-What has finished stands in benchmarks/results/evidence-KIND.json, KIND = bf16 or avx2, with a bit for every sealed row:
-a second call, in another clone too, goes on from there with more tasks, arms or seeds, and trains again what a changed
-recipe makes another run. --jobs 2 trains two at a time with half of the cores each. Prints the table. Needs the extra
-`demo`.
+What has finished stands in benchmarks/results/evidence.json, each trial with its commit, its processor's kind (bf16 or
+avx2) and a bit for every sealed row: a second call, in another clone or on another machine too, goes on from there with
+more tasks, arms or seeds, and trains again what a changed recipe makes another run. --jobs 2 trains two at a time with
+half of the cores each. Prints the table. Needs the extra `demo`.
 """
 
 import argparse
@@ -138,6 +138,7 @@ def trial(task: str, arm: str, seed: int, keep: Path, banking77: Path | None, th
         **{key: metrics[key] for key in keys if key in metrics},
         "recipe_sha256": sha256,
         "commit": commit(),
+        "kind": kind(),
         "threads": threads,
         "rows": len(answers.truth),
         "right": packed(answers.told == answers.truth),
@@ -158,7 +159,8 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         seeds = sorted(map(int, trials))
         mean, ci95 = mean_over_seeds(right(trials, seeds).astype(float))
         accuracies = [trials[str(seed)]["accuracy"] for seed in seeds]
-        lines[arm] = {"seeds": len(seeds), "accuracy": mean, "ci95": ci95, "lowest": min(accuracies)}
+        kinds = sorted({trial["kind"] for trial in trials.values()})
+        lines[arm] = {"seeds": len(seeds), "kinds": kinds, "accuracy": mean, "ci95": ci95, "lowest": min(accuracies)}
         if len(seeds) > 1:
             lines[arm]["std"] = float(np.std(accuracies, ddof=1))
         both = [seed for seed in seeds if seed in own]
@@ -178,8 +180,8 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def markdown(tasks: dict[str, Any]) -> list[str]:
     """The table."""
     lines = [
-        "| task | arm | seeds | accuracy | std | lowest | 95 % interval | default minus this | ECE raw -> calibrated |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | arm | seeds | on | accuracy | std | lowest | 95 % interval | default less this | ECE raw, after |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task, arms in tasks.items():
         for arm, one in arms.items():
@@ -187,12 +189,13 @@ def markdown(tasks: dict[str, Any]) -> list[str]:
             against = ""
             if "default_minus_this" in one:
                 against = "{:+.4f} ({:+.4f} to {:+.4f})".format(one["default_minus_this"], *one["difference_ci95"])
-            ece = f"{one['ece_before']:.3f} -> {one['ece_after']:.3f}" if "ece_before" in one else ""
+            ece = f"{one['ece_before']:.3f}, {one['ece_after']:.3f}" if "ece_before" in one else ""
             std = f"{one['std']:.4f}" if "std" in one else ""
+            on = ", ".join(one.get("kinds", ()))
             lowest = f"{one['lowest']:.4f}" if "lowest" in one else ""
             lines.append(
-                f"| {task} | {arm} | {one['seeds']} | {one['accuracy']:.4f} | {std} | {lowest} | {interval} | "
-                f"{against} | {ece} |"
+                f"| {task} | {arm} | {one['seeds']} | {on} | {one['accuracy']:.4f} | {std} | "
+                f"{lowest} | {interval} | {against} | {ece} |"
             )
     return lines
 
@@ -206,7 +209,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
-    name, threads = f"evidence-{kind()}", max(1, usable_cores() // given.jobs)
+    name, threads = "evidence", max(1, usable_cores() // given.jobs)
     trials: dict[str, Any] = read(name).get("trials", {})
     for arms in trials.values():
         for arm in arms:

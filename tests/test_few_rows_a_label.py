@@ -8,7 +8,7 @@ from conftest import reviews, write_csv
 from test_headstart import pooled
 from test_training import small
 
-from trimtab import config, console, report, training
+from trimtab import config, console, estimate, report, training
 from trimtab.resolve import Job, resolve
 
 
@@ -95,6 +95,16 @@ def test_base_dropout(csv_file: Path, bert: Path, settings: dict[str, Any], drop
     assert found.recipe.base.dropout == dropout
     drops = 0.1 if dropout == "config" else dropout  # the test's base says 0.1 itself
     assert found.model_config.hidden_dropout_prob == found.model_config.attention_probs_dropout_prob == drops
+
+
+def test_a_budget_that_leaves_out_rows_leaves_out_names(
+    tmp_path: Path, sentence_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = labelled(tmp_path / "rows.csv", *(f"label {letter * 2}" for letter in "abcdefgh"))
+    layered = small(file, sentence_bert)
+    for values, rows in (({"data.limit_train": 120}, 120), ({"train.num_epochs": 1}, 181)):
+        monkeypatch.setattr(estimate, "within", lambda *_, values=values: dict(values))
+        assert len(training.plan(layered, "1m").ready.job.train.examples) == rows
 
 
 def test_a_run_says_it_and_one_that_goes_on_has_the_same_rows(

@@ -123,6 +123,16 @@ def test_the_first_token_learns_the_sentence_vector_of_the_frozen_base(csv_file:
     assert 1 - nearness(one, wanted) < 0.5 * (1 - before)
     assert all(torch.equal(frozen[name], one.model.get_parameter(name)) for name in frozen)
     assert np.array_equal(baselines.encoder(vectors, sentence_bert)(encoded, np.arange(len(encoded))), wanted)
+    assert all(parameter.grad is None for parameter in one.model.parameters())
+
+
+def test_rates_for_the_labels_are_compared_from_one_start(csv_file: Path, sentence_bert: Path) -> None:
+    starts = []
+    for rate in (1e-5, 1e-2):
+        one = ready(csv_file, sentence_bert, train__learning_rate=rate)
+        started(one)
+        starts.append({name: p.detach().clone() for name, p in one.model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
 
 
 @pytest.mark.parametrize(

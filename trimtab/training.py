@@ -269,6 +269,8 @@ def plan(layered: Layered, budget: str = "") -> Planned:
     speed = estimate.measure(ready.job, ready.model, ready.engine, ready.trunk)
     found = _estimate(ready, speed)
     if values := estimate.within(seconds, found, len(ready.job.train.encoded), len(ready.job.eval.encoded)):
+        if "data.limit_train" in values and ready.job.recipe.data.label_names == "on":
+            values["data.label_names"] = "off"  # they would come on top of the rows that fit
         job = resolve(ready.job.layered.override(values, f"--budget {budget}"))
         ready = replace(ready, job=job, trunk=choose_trunk(job, ready.engine))
         found = _estimate(ready, speed)
