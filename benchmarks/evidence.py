@@ -9,8 +9,8 @@ train.csv and test.csv.
 
 What has finished stands in benchmarks/results/evidence.json, each trial with its commit, its processor's kind (bf16 or
 avx2) and a bit for every sealed row: a second call, in another clone or on another machine too, goes on from there with
-more tasks, arms or seeds, and trains again what a changed recipe makes another run. --jobs 2 trains two at a time with
-half of the cores each. Prints the table. Needs the extra `demo`.
+more tasks, arms or seeds, and trains again what a changed recipe makes another run. Differences are of trials on the
+same kind. --jobs 2 trains two at a time with half of the cores each. Prints the table. Needs the extra `demo`.
 """
 
 import argparse
@@ -163,7 +163,8 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         lines[arm] = {"seeds": len(seeds), "kinds": kinds, "accuracy": mean, "ci95": ci95, "lowest": min(accuracies)}
         if len(seeds) > 1:
             lines[arm]["std"] = float(np.std(accuracies, ddof=1))
-        both = [seed for seed in seeds if seed in own]
+        kind_of = {seed: trials[str(seed)]["kind"] for seed in seeds}
+        both = [seed for seed in seeds if seed in own and found["default"][str(seed)]["kind"] == kind_of[seed]]
         if arm != "default" and both:
             difference, ci95 = paired_over_seeds(right(found["default"], both), right(trials, both))
             lines[arm] |= {"default_minus_this": difference, "difference_ci95": ci95}

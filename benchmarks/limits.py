@@ -3,11 +3,11 @@
     python benchmarks/limits.py [--batches 12] [--rounds 3]
 
 One core is left to the process, and MiniLM learns as in the tutorial: from reviews, with and without dropout in the
-base, and from short texts; a merged adapter labels reviews. Each round times the batches, then stock transformers and
-peft on the same ones, between plain matrix products of the dtype that we compute in; last they are profiled. `most` is
-what a round would gain were its products as fast as the plain ones and everything else free. Operations that torch does
-not see (the interpreter, masks from numpy, the tokenizer, the profiler itself) are `outside torch`. Writes
-benchmarks/results/limits-KIND.json. Needs the extra `demo`; takes ten minutes on a core with bfloat16 instructions.
+base, and from short texts; a merged adapter labels reviews. Each round times our batches between plain matrix products
+of the dtype that we compute in, and then stock transformers and peft, as their configs say, on the same batches; last
+ours are profiled. `most` is how many times faster our batches would be, were their products as fast as the plain ones
+and everything else free. What torch does not see (the interpreter, masks from numpy, the tokenizer, the profiler
+itself) is `outside torch`. Writes benchmarks/results/limits-KIND.json. Needs the extra `demo`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from few_rows import trained_on_a_few_rows
 from record import kind, write
-from steps import minilm, step
+from steps import minilm, seconds, step
 from torch.profiler import ProfilerActivity, profile
 
 import trimtab
@@ -73,25 +73,21 @@ def profiled(work: Pass) -> tuple[dict[str, float], float]:
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         began = time.perf_counter()
         work()
-        seconds = time.perf_counter() - began
+        took = time.perf_counter() - began
     found, needed = dict.fromkeys([*OPERATIONS, "other operations"], 0.0), 0.0
     for event in seen.key_averages(group_by_input_shape=True):
         name = event.key.rpartition("::")[2]
+        name = name.removesuffix("_") if "mm_" in name else name  # addmm_ is addmm in place
         of = next((what for what, names in OPERATIONS.items() if name in names), "other operations")
-        found[of] += event.self_cpu_time_total / 1e6 / seconds
+        found[of] += event.self_cpu_time_total / 1e6 / took
         if of == "products":
             needed += event.count * flops(name, event.input_shapes)
     return {**found, "outside torch": 1 - sum(found.values())}, needed
 
 
-def seconds(work: Pass) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def measured(ours: Pass, stock: Pass | None, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
-    ours()  # code for its shapes is made
+    for side in filter(None, (ours, stock)):
+        side()  # code for its shapes is made
     found = []
     for _ in range(rounds):
         rates = [product_rate(dtype)]
@@ -113,7 +109,7 @@ def measured(ours: Pass, stock: Pass | None, rounds: int, dtype: torch.dtype) ->
     }
 
 
-def steps(model: Any, run: forward.Forward, encoded: Encoded, batches: Iterable[Any]) -> Pass:
+def training(model: Any, run: forward.Forward, encoded: Encoded, batches: Iterable[Any]) -> Pass:
     optimizer = torch.optim.AdamW(trainable(model).values())
     return lambda: [step(run, model, optimizer, encoded, rows) for rows in batches]
 
@@ -143,13 +139,13 @@ def main() -> None:
         ("short texts, no base dropout", "short texts", False),
     ):
         _, encoded = texts(of, 16 * 16 * asked.batches)
-        plan = batching.plan(encoded.lengths, 16, seed=0, epoch=0, group_by_length=not drops)[: asked.batches]
+        plan = batching.plan(encoded.lengths, 16, seed=0, epoch=0, group_by_length=True)[: asked.batches]
         quick = minilm() if drops else minilm(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        ours = steps(quick, forward.fast(encoder.of_peft_model(quick, dtype)), encoded, plan)
-        stock = steps(slow, forward.stock(slow, 0), encoded, plan)
+        ours = training(quick, forward.fast(encoder.of_peft_model(quick, dtype)), encoded, plan)
+        stock = training(slow, forward.stock(slow, 0), encoded, plan)
         parts[name] = measured(ours, stock, asked.rounds, dtype)
-    with tempfile.TemporaryDirectory() as place_:
-        run, _ = trained_on_a_few_rows(Path(place_))
+    with tempfile.TemporaryDirectory() as folder:
+        run, _ = trained_on_a_few_rows(Path(folder))
         classifier, (reviews, _) = trimtab.load(run.adapter), texts("reviews", 500)
         parts["prediction of reviews"] = measured(lambda: classifier.predict(reviews), None, asked.rounds, dtype)
     ratios = {f"{name}: at most": one["most"] for name, one in parts.items()}

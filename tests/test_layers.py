@@ -22,7 +22,7 @@ LAYERS = [
     ["batching", "demo", "preflight", "charts", "markdown", "logistic"],
     ["forward", "page"],
     ["classification"],
-    ["adapter", "calibration", "predictions"],
+    ["adapter", "calibration", "labelnames", "predictions"],
     ["resolve"],
     ["trunk"],
     ["adopt", "build", "estimate", "predict", "report", "runreport"],

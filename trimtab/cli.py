@@ -129,7 +129,8 @@ def train(
                 }
             )
         else:
-            print(f"# {len(job.train.examples):,} rows to train on, {len(job.eval.examples):,} to evaluate", end="")
+            taught = console.rows_to_train_on(len(job.train.examples), job.data_report["train"]["label_names"])
+            print(f"# {taught}, {len(job.eval.examples):,} to evaluate", end="")
             print(f", {len(job.test.examples):,} to test" if job.test else "", end="")
             print(f"; {len(job.labels)} labels")
             print(config.dump(job.layered), end="")

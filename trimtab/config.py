@@ -97,7 +97,7 @@ class DataSettings(Section):
         default_factory=dict, description="Display names of labels, zh/en: 0=差评/negative,1=好评/positive."
     )
     eval_fraction: float = Field(0.1, gt=0, lt=1, description="Share of rows kept for evaluation, by class.")
-    limit_train: int = Field(0, ge=0, description="At most this many training rows, drawn at random; 0: all.")
+    limit_train: int = Field(0, ge=0, description="At most this many rows of the training files, drawn; 0: all.")
     limit_eval: int = Field(0, ge=0, description="At most this many evaluation rows, drawn at random; 0: all.")
     max_length: Annotated[int, Field(ge=8)] | Auto = Field(
         "auto", description="Tokens a text is cut at; auto: 99 of 100 texts fit, in steps of 32, at most 256."
@@ -108,8 +108,8 @@ class DataSettings(Section):
     )
     label_names: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Whether each label's name, such as card_arrival, is a training row too; "
-        "auto: where rows a label are few and head_start is sentence.",
+        description="Whether names of labels, such as card_arrival, are training rows too; "
+        "auto: with fewer than 50 rows a label, where head_start is sentence.",
     )
     bad_rows: Literal["error", "skip"] = Field("error", description="Rows that cannot be used: stop, or set aside.")
     seed: int = Field(42, ge=0, description="Seed of the split and of the drawn rows.")
@@ -122,7 +122,7 @@ class BaseSettings(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] | Literal["auto", "config"] = Field(
         "auto",
         description="Dropout in the base while training; config: as the model's config says; "
-        "auto: 0.1 where rows a label are few, else 0.",
+        "auto: 0.1 with fewer than 50 rows a label and LoRA on all layers, else 0.",
     )
 
 

@@ -126,15 +126,19 @@ def _trunk_line(event: Mapping[str, Any]) -> str:
     )
 
 
+def rows_to_train_on(rows: int, named: int) -> str:
+    """`847 rows to train on (77 of them label names)`."""
+    return f"{rows:,} rows to train on" + (f" ({named:,} of them label names)" if named else "")
+
+
 def _start_lines(event: Mapping[str, Any]) -> list[str]:
     recipe = event["recipe"]
     labels = event["labels"]
     shown = ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
     return [
         f"run     {event['run']}",
-        f"data    {event['rows']:,} rows to train on"
-        + (f" ({named:,} of them the labels' names)" if (named := event["data"]["train"]["label_names"]) else "")
-        + f", {event['eval_rows']:,} to evaluate"
+        f"data    {rows_to_train_on(event['rows'], event['data']['train']['label_names'])}, "
+        f"{event['eval_rows']:,} to evaluate"
         + (f", {event['test_rows']:,} to test" if event["test_rows"] else "")
         + f"; text <- {recipe['data']['text']}, label <- {recipe['data']['label']}",
         *(f"        {line}" for line in data_lines(event["data"], whole=False)),
@@ -155,7 +159,8 @@ def plan_lines(planned: Mapping[str, Any]) -> list[str]:
     found = planned["estimate"]
     each = planned["tokens"] / planned["rows"]
     return [
-        f"data    {planned['rows']:,} rows to train on, {each:.0f} tokens each, {planned['eval_rows']:,} to evaluate"
+        f"data    {rows_to_train_on(planned['rows'], planned['label_names'])}, {each:.0f} tokens each, "
+        f"{planned['eval_rows']:,} to evaluate"
         + (f", {planned['test_rows']:,} to test" if planned["test_rows"] else ""),
         f"on      {planned['on']}",
         f"plan    {found['epochs']} epochs, {found['steps']:,} steps: {duration(found['epoch_seconds'])} an epoch, "

@@ -36,8 +36,8 @@ _MOST_ROWS = 2_000  # that the probe learns from; more teach a head little that 
 # with few rows a label need it, and cross-validation sees that.
 _CS = (1.0,)
 _SENTENCE_STEPS = 100  # with which LoRA learns the sentence vectors
-# At MiniLM's width, and less for wider bases: with 10 rows a label a probe on what the first token then says comes to
-# 0.827, at 1e-3 to 0.818. The rate of the labels is not asked, so that rates can be compared from one start.
+# At MiniLM's width, and less for wider bases, as rates go. With 10 rows a label, names and base dropout runs came to
+# 0.836 with it and to 0.829 with 1e-3. The rate of the labels is not asked, so that rates are compared from one start.
 _RATE, _WIDTH = 6e-3, 384
 _WARMUP_RATIO = 0.1
 _MAX_NORM = 1.0

@@ -7,16 +7,16 @@ Nothing is written and no weight is read here, so whatever is wrong is found in 
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trimtab import adapter, batching, data, preflight, rundir, tokens
+from trimtab import adapter, batching, data, labelnames, preflight, rundir, tokens
 from trimtab.adapter import Adapter
 from trimtab.classification import Labels, make_labels
 from trimtab.config import Keep, Layered, Recipe
@@ -42,8 +42,7 @@ _FEWEST_STEPS = 200  # 400 came to no better score on 1,000 short reviews
 _FEW_ROWS = 100  # one row is a point of accuracy then
 # A label, from which on the first token learns by itself: at 450 sentence vectors brought nothing, at 10 three points.
 _MANY_ROWS = 200
-# A label, below which base dropout and the labels' names help: at 10 a point and another, on two in three rows.
-_FEW_A_LABEL = 50
+_FEW_A_LABEL = 50  # below: base dropout, and label names as rows. Measured at 10; at 450 base dropout brought nothing
 _MOST_TOKENS = 256  # of `auto`: twice the length costs over twice the time, and 256 is what MiniLM was trained with
 
 
@@ -122,15 +121,13 @@ def resolve(layered: Layered) -> Job:
     values = data.check_classes(rows["train"].examples)
     labels = make_labels(values, recipe.data.names)
     parts = _draw(recipe, rows)
-    layered = _with_base_dropout(layered, len(parts["train"]) / len(labels))
-    recipe = layered.recipe
     base = find_base(recipe.base.model)
     first = adapter_to_start_from(recipe)
     sums = _check_sums(recipe, rows, base, first)
 
     tokenizer = tokens.from_base(base.folder)
-    config = load_config(base.folder, num_labels=len(labels), dropout=recipe.base.dropout, pad_id=tokenizer.pad_id)
-    skeleton = empty_model(config)
+    described = partial(load_config, base.folder, num_labels=len(labels), pad_id=tokenizer.pad_id)
+    skeleton = empty_model(described(dropout="config"))
     head = head_modules(skeleton, outside_blocks(skeleton), recipe.lora.also_saved)
     if first:
         layered = with_settings_of(layered, first, base, skeleton, head)
@@ -141,7 +138,7 @@ def resolve(layered: Layered) -> Job:
     texts = [example.text for example in parts["train"]]
     limits = [limit for limit in (longest_input(skeleton), tokenizer.limit) if limit]
     limit = min(limits, default=0)
-    found = _settle(recipe, rows["train"], texts, labels, targets, tokenizer, limit, config, base)
+    found = _settle(recipe, rows["train"], texts, labels, targets, tokenizer, limit, skeleton.config, base)
     settled = layered.override({key: value for key, (value, _) in found.items()}, {k: o for k, (_, o) in found.items()})
     paths = {f"data.{role}": [file["path"] for file in rows[role].files] for role in rows}
     paths["base.model"] = str(base.folder)  # type: ignore[assignment]
@@ -152,27 +149,23 @@ def resolve(layered: Layered) -> Job:
 
     index = labels.index()
     max_length = int(settled.recipe.data.max_length)
-    drawn, named = parts, _label_rows(labels, parts["train"]) if settled.recipe.data.label_names == "on" else []
-    parts = {**drawn, "train": [*drawn["train"], *named]}
+
+    def encoded(examples: list[Example], known: npt.NDArray[np.bool_]) -> Part:
+        numbers = [index[example.label] for example in examples]
+        told = [example.text for example in examples]
+        return Part(examples, tokens.encode(told, tokenizer, max_length, numbers, keep=recipe.data.keep), known)
+
     known = preflight.known_rows(rows, parts)
-    encoded = {
-        role: Part(
-            examples,
-            tokens.encode(
-                [example.text for example in examples],
-                tokenizer,
-                max_length,
-                [index[example.label] for example in examples],
-                keep=recipe.data.keep,
-            ),
-            known=known[role],
-        )
-        for role, examples in parts.items()
-    }
-    found_rows = preflight.report(rows, drawn, known, labels.values)
+    as_read = {role: encoded(examples, known[role]) for role, examples in parts.items()}
+    train, named = as_read["train"], []
+    if settled.recipe.data.label_names == "on":
+        everything = (example.text for part in rows.values() for example in part.examples)
+        named = labelnames.rows(labels, everything, tokenizer)
+        train = encoded([*train.examples, *named], np.zeros(len(train.examples) + len(named), np.bool_))
+    found_rows = preflight.report(rows, parts, known, labels.values)
     found_rows["train"]["label_names"] = len(named)
-    _with_tokens(found_rows, rows, encoded)
-    warnings = _warnings(rows, texts, tokenizer, encoded["train"].encoded, max_length, recipe.data.keep, parts)
+    _with_tokens(found_rows, rows, as_read)
+    warnings = _warnings(rows, texts, tokenizer, as_read["train"].encoded, max_length, recipe.data.keep, parts)
     warnings += preflight.warnings(found_rows)
     placement = place(recipe.runtime)
     return Job(
@@ -183,12 +176,12 @@ def resolve(layered: Layered) -> Job:
         )
         if first
         else None,
-        model_config=config,
+        model_config=described(dropout=settled.recipe.base.dropout),
         tokenizer=tokenizer,
         labels=labels,
-        train=encoded["train"],
-        eval=encoded["eval"],
-        test=encoded.get("test"),
+        train=train,
+        eval=as_read["eval"],
+        test=as_read.get("test"),
         rejects=[reject for part in rows.values() for reject in part.rejects],
         data_report={"labels": list(labels.values), "warnings": warnings, **found_rows},
         warnings=[*warnings, *filter(None, [placement.throttled])],
@@ -342,7 +335,20 @@ def _settle(
         )
     elif limit and recipe.data.max_length > limit:
         found["data.max_length"] = (limit, f"the base takes no more; asked: {recipe.data.max_length}")
-    steps = math.ceil(len(texts) / (recipe.train.batch_size * recipe.train.gradient_accumulation_steps))
+    start: str = recipe.train.head_start
+    if start == "auto":
+        start, why = _head_start(recipe, base, len(texts), len(labels))
+        found["train.head_start"] = (start, why)
+    few = len(texts) < _FEW_A_LABEL * len(labels)
+    rows_a_label = f"{len(texts) // len(labels):,} rows a label"
+    names: str = recipe.data.label_names
+    if names == "auto":
+        names = "on" if few and start == "sentence" else "off"
+        found["data.label_names"] = (names, f"auto: {rows_a_label}, the head starts with {start}")
+    if recipe.base.dropout == "auto":
+        found["base.dropout"] = _base_dropout(recipe, few, rows_a_label)
+    rows = len(texts) + (len(labels) if names == "on" else 0)
+    steps = math.ceil(rows / (recipe.train.batch_size * recipe.train.gradient_accumulation_steps))
     if recipe.train.num_epochs == "auto":
         found["train.num_epochs"] = (
             min(_MOST_EPOCHS, max(3, math.ceil(_FEWEST_STEPS / steps))),
@@ -352,15 +358,6 @@ def _settle(
     if recipe.train.learning_rate == "auto":
         rate = 1e-3 if width < 768 else 5e-4 if width < 1024 else 3e-4
         found["train.learning_rate"] = (rate, f"auto: width {width:,}")
-    if recipe.train.head_start == "auto":
-        found["train.head_start"] = _head_start(recipe, base, len(texts), len(labels))
-    if recipe.data.label_names == "auto":
-        start = found["train.head_start"][0] if recipe.train.head_start == "auto" else recipe.train.head_start
-        few = len(texts) < _FEW_A_LABEL * len(labels) and start == "sentence"
-        found["data.label_names"] = (
-            "on" if few else "off",
-            f"auto: {len(texts) // len(labels):,} rows a label, the head starts with {start}",
-        )
     if recipe.train.metric_for_best_model == "auto":
         counts = Counter(example.label for example in train.examples)
         ratio = max(counts.values()) / min(counts.values())
@@ -369,32 +366,6 @@ def _settle(
             f"auto: largest class {ratio:.1f} times the smallest",
         )
     return found
-
-
-def _with_base_dropout(layered: Layered, rows_a_label: float) -> Layered:
-    """Base dropout settled: where rows are few, but not where it would make every pass over a cached trunk another."""
-    recipe = layered.recipe
-    if recipe.base.dropout != "auto":
-        return layered
-    few = rows_a_label < _FEW_A_LABEL and not recipe.lora.top and recipe.runtime.trunk_cache != "on"
-    origin = f"auto: {rows_a_label:,.0f} rows a label" + (", LoRA on the top layers alone" if recipe.lora.top else "")
-    return layered.override({"base.dropout": 0.1 if few else 0.0}, {"base.dropout": origin})
-
-
-def _label_rows(labels: Labels, taught: Sequence[Example]) -> list[Example]:
-    """A row for each label whose name says something of its own: `card_arrival` gives "card arrival"."""
-    names = [_words(value) for value in labels.values]
-    taken = Counter(data.reduced(name) for name in names) + Counter({data.reduced(row.text): 1 for row in taught})
-    return [
-        Example(name, value, "the names of the labels", i + 1)
-        for i, (name, value) in enumerate(zip(names, labels.values, strict=True))
-        if re.search(r"[^\W\d_]{2}", name) and taken[data.reduced(name)] == 1
-    ]
-
-
-def _words(name: str) -> str:
-    """`card_arrival`, `card-arrival` and `cardArrival` -> `card arrival`."""
-    return " ".join(re.findall(r"[^\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)))
 
 
 def _head_start(recipe: Recipe, base: Base, rows: int, labels: int) -> tuple[str, str]:
@@ -408,6 +379,15 @@ def _head_start(recipe: Recipe, base: Base, rows: int, labels: int) -> tuple[str
     if rows >= _MANY_ROWS * labels:
         return "probe", f"auto: {rows // labels:,} rows a label"
     return "sentence", f"auto: {rows // labels:,} rows a label, and a base that takes the mean of its tokens"
+
+
+def _base_dropout(recipe: Recipe, few: bool, rows_a_label: str) -> tuple[float, str]:
+    """Dropout in the base, and why. Lower layers that are kept say the same in every pass: there it would be none."""
+    if recipe.lora.top:
+        return 0.0, "auto: LoRA reaches the top layers alone"
+    if recipe.runtime.trunk_cache == "on":
+        return 0.0, "auto: the lower layers are to be kept"
+    return 0.1 if few else 0.0, f"auto: {rows_a_label}"
 
 
 def _warnings(

@@ -72,7 +72,8 @@ def _brief(layered: Layered, usual: Job) -> Layered:
     settings = usual.recipe.train
     a_step = settings.batch_size * settings.gradient_accumulation_steps
     steps = max(_FEWEST_STEPS, round(_SHARE * usual.steps_per_epoch * int(settings.num_epochs)))
-    rows = min(len(usual.train.examples), steps * a_step)
+    named = usual.data_report["train"]["label_names"]
+    rows = min(len(usual.train.examples) - named, steps * a_step)
     values = {
         "train.num_epochs": max(1, round(steps * a_step / rows)),
         "train.early_stopping_patience": 0,
@@ -80,7 +81,10 @@ def _brief(layered: Layered, usual: Job) -> Layered:
         "data.limit_train": rows,
         "data.limit_eval": min(len(usual.eval.examples), _MOST_EVAL_ROWS),
         "data.max_length": usual.recipe.data.max_length,
-        "train.head_start": usual.recipe.train.head_start,  # fewer rows would settle it otherwise
+        # Fewer rows would settle these otherwise.
+        "data.label_names": usual.recipe.data.label_names,
+        "base.dropout": usual.recipe.base.dropout,
+        "train.head_start": usual.recipe.train.head_start,
     }
     return layered.override(values, "search")
 

@@ -152,6 +152,19 @@ def fitting_length(texts: Sequence[str], tokenizer: Tokenizer, *, most: int) -> 
     return int(min(most, 32 * np.ceil(np.percentile(lengths, 99) / 32)))
 
 
+def unknown_tokens(texts: Sequence[str], tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """How many tokens of each text the base has no name for: int64[n]; none where its tokens are bytes."""
+    model: Any = tokenizer.backend.model
+    unknown = tokenizer.backend.token_to_id(getattr(model, "unk_token", None) or "")
+    encoded = encode(texts, tokenizer, 1 << 30)
+    of_text = np.repeat(np.arange(len(texts)), encoded.lengths)
+    return (
+        np.bincount(of_text[encoded.ids == unknown], minlength=len(texts))
+        if unknown is not None
+        else 0 * encoded.lengths
+    )
+
+
 def foreign_script(texts: Sequence[str], tokenizer: Tokenizer) -> str:
     """A warning where the base's vocabulary does not cover the script of a tenth of the texts, else an empty string.
 
@@ -169,9 +182,7 @@ def foreign_script(texts: Sequence[str], tokenizer: Tokenizer) -> str:
     if len(foreign) < 0.1 * len(sample) or not foreign:
         return ""
     encoded = encode(foreign, tokenizer, 1 << 30)
-    model: Any = tokenizer.backend.model
-    unknown = tokenizer.backend.token_to_id(getattr(model, "unk_token", None) or "")
-    unknown_share = float(np.mean(encoded.ids == unknown)) if unknown is not None else 0.0
+    unknown_share = float(unknown_tokens(foreign, tokenizer).sum() / len(encoded.ids))
     special = len(foreign) * tokenizer.backend.num_special_tokens_to_add(is_pair=False)
     per_character = (len(encoded.ids) - special) / sum(not char.isspace() for text in foreign for char in text)
     if unknown_share <= 0.03 and per_character <= 1.5:

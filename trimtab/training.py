@@ -91,6 +91,7 @@ class Planned:
         job = self.ready.job
         return {
             "rows": len(job.train.examples),
+            "label_names": job.data_report["train"]["label_names"],
             "eval_rows": len(job.eval.examples),
             "test_rows": len(job.test.examples) if job.test else 0,
             "tokens": int(job.train.encoded.lengths.sum()),
@@ -268,13 +269,24 @@ def plan(layered: Layered, budget: str = "") -> Planned:
     ready = make_ready(resolve(layered))
     speed = estimate.measure(ready.job, ready.model, ready.engine, ready.trunk)
     found = _estimate(ready, speed)
-    if values := estimate.within(seconds, found, len(ready.job.train.encoded), len(ready.job.eval.encoded)):
-        if "data.limit_train" in values and ready.job.recipe.data.label_names == "on":
-            values["data.label_names"] = "off"  # they would come on top of the rows that fit
-        job = resolve(ready.job.layered.override(values, f"--budget {budget}"))
-        ready = replace(ready, job=job, trunk=choose_trunk(job, ready.engine))
+    values = _too_long(seconds, ready, found)
+    if values and ready.job.recipe.data.label_names == "on":  # they would come on top of the rows that fit
+        ready = _with(ready, {"data.label_names": "off"}, f"--budget {budget}")
+        found = _estimate(ready, speed)
+        values = _too_long(seconds, ready, found)
+    if values:
+        ready = _with(ready, values, f"--budget {budget}")
         found = _estimate(ready, speed)
     return Planned(ready, speed, found)
+
+
+def _too_long(seconds: float, ready: Ready, found: Estimate) -> dict[str, object]:
+    return estimate.within(seconds, found, len(ready.job.train.encoded), len(ready.job.eval.encoded))
+
+
+def _with(ready: Ready, values: Mapping[str, object], origin: str) -> Ready:
+    job = resolve(ready.job.layered.override(values, origin))
+    return replace(ready, job=job, trunk=choose_trunk(job, ready.engine))
 
 
 def _estimate(ready: Ready, speed: estimate.Speed) -> Estimate:

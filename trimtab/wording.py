@@ -141,7 +141,7 @@ _EN = {
     "rows_in": "rows read",
     "skipped": "set aside",
     "used": "used",
-    "label_names": "names of labels beside them",
+    "label_names": "label names beside them",
     "labels": "labels",
     "majority_share": "share of the commonest label",
     "duplicates": "rows that repeat another",
