@@ -1,6 +1,7 @@
 """Names of labels as training rows: `card_arrival` says what its rows are about.
 
-With 10 rows a label they are worth a point of accuracy to an adapter, and half a point to a probe: `docs/evidence.md`.
+With 10 rows a label they are worth about a point of accuracy to an adapter, and half a point to a probe (three seeds,
+`docs/evidence.md`).
 """
 
 import re
