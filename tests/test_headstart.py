@@ -126,6 +126,10 @@ def test_the_first_token_learns_the_sentence_vector_of_the_frozen_base(csv_file:
     assert all(parameter.grad is None for parameter in one.model.parameters())
 
 
+def test_wider_bases_learn_sentence_vectors_at_a_lower_rate() -> None:
+    assert [headstart.sentence_rate(width) for width in (32, 384, 768)] == [6e-3, 6e-3, 3e-3]
+
+
 def test_rates_for_the_labels_are_compared_from_one_start(csv_file: Path, sentence_bert: Path) -> None:
     starts = []
     for rate in (1e-5, 1e-2):

@@ -99,6 +99,11 @@ def _sentence_batches(ready: Ready) -> list[npt.NDArray[np.int64]]:
     return list(islice(chain.from_iterable(job.batches(epoch) for epoch in count()), _SENTENCE_STEPS))
 
 
+def sentence_rate(width: int) -> float:
+    """The highest rate at which LoRA learns sentence vectors of so many numbers."""
+    return _RATE * min(1.0, _WIDTH / width)
+
+
 def _learn_sentences(ready: Ready, built: Encoder, batches: list[npt.NDArray[np.int64]]) -> None:
     """Teaches LoRA to say in the first token what the frozen base says in its sentence vector: 1 - cosine, AdamW."""
     assert ready.engine.vectors is not None
@@ -106,7 +111,7 @@ def _learn_sentences(ready: Ready, built: Encoder, batches: list[npt.NDArray[np.
     rows = np.unique(np.concatenate(batches))
     vectors = torch.from_numpy(baselines.encoder(ready.engine.vectors, ready.job.base.folder)(encoded, rows))
     optimizer = torch.optim.AdamW(matrices, weight_decay=0.0)
-    highest = _RATE * min(1.0, _WIDTH / vectors.shape[1])
+    highest = sentence_rate(vectors.shape[1])
     for step, batch in enumerate(batches):
         interrupts.check()
         first = encoder.learning_first_tokens(built, encoder.cut(encoded.ids, encoded.offsets, batch))

@@ -16,6 +16,8 @@ from trimtab.tokens import Tokenizer
 FILE = "label names"
 """Where these rows say that they stand; their line is the number of the label, from 1."""
 
+_WHOLE = 1 << 30  # tokens: names are not cut here
+
 
 def rows(labels: Labels, texts: Iterable[str], tokenizer: Tokenizer) -> list[Example]:
     """A row for each name that says something of its own, `card arrival`; of display names, one for each language.
@@ -37,7 +39,7 @@ def rows(labels: Labels, texts: Iterable[str], tokenizer: Tokenizer) -> list[Exa
         and without_digits[_without_digits(name)] == 1
         and reduced(name) not in taken
     ]
-    unknown = tokens.unknown_tokens([name for _, name in says], tokenizer)
+    unknown = tokens.unknown_tokens(tokens.encode([name for _, name in says], tokenizer, _WHOLE), tokenizer)
     return [
         Example(name, labels.values[i], FILE, i + 1)
         for (i, name), times in zip(says, unknown, strict=True)

@@ -125,12 +125,12 @@ def data_lines(data_report: Mapping[str, Any], *, whole: bool = True) -> list[st
     found: dict[str, Mapping[str, Any]] = {
         role: data_report[role] for role in ("train", "eval", "test") if role in data_report
     }
-    roles = list(found)
+    roles, named = list(found), any(one.get("label_names") for one in found.values())
     rows: list[tuple[str, list[str]]] = [
         ("rows in", [_number(found[role]["rows_in"]) for role in roles]),
         ("set aside", [_number(sum((found[role]["rows_skipped"] or {}).values())) for role in roles]),
         ("used", [_number(found[role]["rows_used"]) for role in roles]),
-        ("label names", [_number(found[role].get("label_names")) for role in roles]),
+        *([("label names", [_number(found[role].get("label_names")) for role in roles])] if named else []),
         ("labels", [_number(len(found[role]["rows_per_label"])) for role in roles]),
         ("commonest label", [f"{found[role]['majority_share']:.1%}" for role in roles]),
         ("duplicates", [_number(found[role]["duplicate_rows"]) for role in roles]),

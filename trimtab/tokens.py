@@ -152,17 +152,14 @@ def fitting_length(texts: Sequence[str], tokenizer: Tokenizer, *, most: int) -> 
     return int(min(most, 32 * np.ceil(np.percentile(lengths, 99) / 32)))
 
 
-def unknown_tokens(texts: Sequence[str], tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
-    """How many tokens of each text the base has no name for: int64[n]; none where its tokens are bytes."""
+def unknown_tokens(encoded: Encoded, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """How many tokens of each text the base does not know: int64[n]; none where its tokens are bytes."""
     model: Any = tokenizer.backend.model
     unknown = tokenizer.backend.token_to_id(getattr(model, "unk_token", None) or "")
-    encoded = encode(texts, tokenizer, 1 << 30)
-    of_text = np.repeat(np.arange(len(texts)), encoded.lengths)
-    return (
-        np.bincount(of_text[encoded.ids == unknown], minlength=len(texts))
-        if unknown is not None
-        else 0 * encoded.lengths
-    )
+    if unknown is None:
+        return np.zeros(len(encoded), np.int64)
+    of_text = np.repeat(np.arange(len(encoded)), encoded.lengths)
+    return np.bincount(of_text[encoded.ids == unknown], minlength=len(encoded))
 
 
 def foreign_script(texts: Sequence[str], tokenizer: Tokenizer) -> str:
@@ -182,7 +179,7 @@ def foreign_script(texts: Sequence[str], tokenizer: Tokenizer) -> str:
     if len(foreign) < 0.1 * len(sample) or not foreign:
         return ""
     encoded = encode(foreign, tokenizer, 1 << 30)
-    unknown_share = float(unknown_tokens(foreign, tokenizer).sum() / len(encoded.ids))
+    unknown_share = float(unknown_tokens(encoded, tokenizer).sum() / len(encoded.ids))
     special = len(foreign) * tokenizer.backend.num_special_tokens_to_add(is_pair=False)
     per_character = (len(encoded.ids) - special) / sum(not char.isspace() for text in foreign for char in text)
     if unknown_share <= 0.03 and per_character <= 1.5:

@@ -269,18 +269,19 @@ def plan(layered: Layered, budget: str = "") -> Planned:
     ready = make_ready(resolve(layered))
     speed = estimate.measure(ready.job, ready.model, ready.engine, ready.trunk)
     found = _estimate(ready, speed)
-    values = _too_long(seconds, ready, found)
+    values = _to_fit(seconds, ready, found)
     if values and ready.job.recipe.data.label_names == "on":  # they would come on top of the rows that fit
         ready = _with(ready, {"data.label_names": "off"}, f"--budget {budget}")
         found = _estimate(ready, speed)
-        values = _too_long(seconds, ready, found)
+        values = _to_fit(seconds, ready, found)
     if values:
         ready = _with(ready, values, f"--budget {budget}")
         found = _estimate(ready, speed)
     return Planned(ready, speed, found)
 
 
-def _too_long(seconds: float, ready: Ready, found: Estimate) -> dict[str, object]:
+def _to_fit(seconds: float, ready: Ready, found: Estimate) -> dict[str, object]:
+    """Settings with which a run takes so long; none where it does."""
     return estimate.within(seconds, found, len(ready.job.train.encoded), len(ready.job.eval.encoded))
 
 
