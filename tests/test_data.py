@@ -6,6 +6,8 @@ import math
 import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -395,6 +397,16 @@ def test_a_column_that_nobody_asked_for_is_not_in_the_way() -> None:
         ("a", "0"),
         ("b", "1"),
     ]
+
+
+def test_reading_a_parquet_brings_no_pandas_into_memory() -> None:
+    pytest.importorskip("pandas")
+    program = (
+        "import sys; from pathlib import Path; from trimtab import data\n"
+        "print(list(data.read_table(Path(sys.argv[1])).columns), 'pandas' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, parquet("a.parquet", text=["a"], label=[0])]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "['text', 'label'] False\n"
 
 
 def test_a_parquet_whose_strings_are_no_utf_8() -> None:

@@ -535,9 +535,10 @@ def _forbidden(path: Path) -> DataError:
 def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet as pq
 
-    with _parquet_errors(path):
-        _check_header(path, pq.read_schema(path).names)
-        table = pq.read_table(path)
+    # pq.read_table would import pandas where there is one: 41 MB that a run keeps
+    with _parquet_errors(path), pq.ParquetFile(path) as file:
+        _check_header(path, file.schema_arrow.names)
+        table = file.read()
         columns = {name: _values(table.column(name)) for name in table.column_names}
     return Table(path, columns, list(range(1, table.num_rows + 1)), encoding="parquet")
 
