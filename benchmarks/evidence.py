@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -48,24 +48,38 @@ ARMS: dict[str, tuple[str, ...]] = {  # a shipped recipe, and what is set beside
     },
 }
 Rows = Sequence[tuple[str, str]]
+_MOST_OTHER = 5_000
 
 
-def data(task: str, seed: int, keep: Path, banking77: Path | None) -> tuple[Path, Path]:
-    """The training file of a seed and the sealed file of a task, written unless they are there."""
+class Data(NamedTuple):
+    """The files of a seed."""
+
+    train: Path
+    sealed: Path
+    other: Path
+    """Rows of the pool that the seed does not train on, 5,000 at most; no file where it trains on all of them."""
+
+
+def data(task: str, seed: int, keep: Path, banking77: Path | None) -> Data:
+    """The files of a task and seed, written unless they are there."""
     name, _, size = task.rpartition("-")
-    train, sealed = keep / "data" / f"{task}-{seed}.parquet", keep / "data" / f"{name}-sealed.parquet"
-    if not (train.is_file() and sealed.is_file()):
+    stem = keep / "data" / f"{task}-{seed}"
+    files = Data(Path(f"{stem}.parquet"), keep / "data" / f"{name}-sealed.parquet", Path(f"{stem}-other.parquet"))
+    if not all(file.is_file() for file in (files if size.isdigit() else files[:2])):
         pool, held = {"imdb": _imdb, "rotten": rotten}.get(name, lambda keep: _banking77(banking77))(keep)
-        order = np.random.default_rng(seed).permutation(len(pool))
+        order = shuffled = np.random.default_rng(seed).permutation(len(pool))
         if size.isdigit() and name == "banking77":
             order = np.concatenate(
                 [[i for i in order if pool[i][1] == label][: int(size)] for label in sorted({row[1] for row in pool})]
             )
         elif size.isdigit():
             order = order[: int(size)]
-        _save(train, [pool[i] for i in order])
-        _save(sealed, held)
-    return train, sealed
+        taken = {pool[i][0] for i in order}
+        _save(files.train, [pool[i] for i in order])
+        _save(files.sealed, held)
+        if other := [pool[i] for i in shuffled if pool[i][0] not in taken]:
+            _save(files.other, other[:_MOST_OTHER])
+    return files
 
 
 def _imdb(keep: Path) -> tuple[Rows, Rows]:
@@ -113,25 +127,32 @@ def recipe_sha256(arm: str) -> str:
     return hashlib.sha256(config.assemble(recipe, {}, settings).recipe.model_dump_json().encode()).hexdigest()
 
 
-def trial(task: str, arm: str, seed: int, keep: Path, banking77: Path | None, threads: int) -> dict[str, Any]:
-    """Trains one run, or goes on with it, and gives what the record keeps of it."""
-    sha256 = recipe_sha256(arm)
-    run = keep / task / arm / f"{seed}-{sha256[:8]}"
-    train, sealed = data(task, seed, keep, banking77)
-    recipe, *settings = ARMS[arm]
+def trained(
+    run: Path, train: Path, test: Path, recipe: str, settings: Sequence[str], seed: int, threads: int
+) -> dict[str, Any]:
+    """Trains a run, or goes on with it, and gives what it says of itself."""
     command = [sys.executable, "-m", "trimtab", "train"]
     if (run / "recipe.toml").is_file():
         command += ["--resume", str(run)]
     else:
         shutil.rmtree(run, ignore_errors=True)
-        command += [str(train), "--test", str(sealed), "--base", MINILM, "--out", str(run), "--recipe", recipe]
-        settings += [f"train.seed={seed}", f"data.seed={seed}"]
-        settings += [] if arm == "default" else ["train.baselines=false"]
+        command += [str(train), "--test", str(test), "--base", MINILM, "--out", str(run), "--recipe", recipe]
+        settings = [f"train.seed={seed}", f"data.seed={seed}", *settings]
         command += [part for setting in settings for part in ("--set", setting)]
     run.parent.mkdir(parents=True, exist_ok=True)
     with run.with_name(run.name + ".log").open("ab") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    return dict(json.loads((run / "metrics.json").read_text("utf-8")))
+
+
+def trial(task: str, arm: str, seed: int, keep: Path, banking77: Path | None, threads: int) -> dict[str, Any]:
+    """What the record keeps of one run, which is trained unless it has been."""
+    sha256 = recipe_sha256(arm)
+    run = keep / task / arm / f"{seed}-{sha256[:8]}"
+    recipe, *settings = ARMS[arm]
+    settings += [] if arm == "default" else ["train.baselines=false"]
+    files = data(task, seed, keep, banking77)
+    metrics = trained(run, files.train, files.sealed, recipe, settings, seed, threads)
     keys = ("accuracy", "macro_f1", "chosen_on_accuracy", "epoch", "train_seconds", "calibration", "baselines")
     answers = read_answers(run).rows
     return {
