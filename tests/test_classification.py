@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score, precision_recall_fscore_support
 
-from trimtab.classification import Labels, compute_logits, loss_sum, make_labels, metrics, softmax, wilson
+from trimtab.classification import Labels, by_class, compute_logits, loss_sum, make_labels, metrics, softmax, wilson
 from trimtab.errors import RecipeError
 from trimtab.forward import stock
 from trimtab.tokens import Encoded
@@ -66,6 +67,16 @@ def test_metrics_by_hand() -> None:
         "b": pytest.approx({"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "rows": 2}),
         "c": {"precision": 0, "recall": 0, "f1": 0, "rows": 0},
     }
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40))
+def test_scores_by_class_are_those_of_sklearn(pairs: list[tuple[int, int]]) -> None:
+    answers, truth = np.array(pairs, np.int64).T
+    ours = by_class(answers, truth, 5)
+    theirs = precision_recall_fscore_support(truth, answers, labels=range(5), zero_division=0.0)
+    for mine, its in zip(ours[:4], theirs, strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-15)
+    assert ours.macro_f1 == pytest.approx(f1_score(truth, answers, average="macro", zero_division=0.0), rel=1e-15)
 
 
 def test_an_answer_that_never_occurs_counts_against_macro_f1() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from trimtab import estimate, interrupts, logistic
 from trimtab.batching import evaluation_plan
-from trimtab.classification import wilson
+from trimtab.classification import by_class, wilson
 from trimtab.forward import Vectors
 from trimtab.hub import pooling
 from trimtab.paired import paired
@@ -63,8 +63,6 @@ def against(
     logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], found: Mapping[str, Baseline], of_rows: int
 ) -> dict[str, Any]:
     """The scores of each baseline beside those of logits float32[n, C], over labels int64[n], for metrics.json."""
-    from sklearn.metrics import f1_score
-
     ours = logits.argmax(axis=1) == labels
     told: dict[str, Any] = {"majority": {"accuracy": float(np.bincount(labels).max() / len(labels))}}
     for name, one in found.items():
@@ -73,7 +71,7 @@ def against(
         told[name] = {
             "accuracy": float(right.mean()),
             "accuracy_ci95": list(wilson(int(right.sum()), len(labels))),
-            "macro_f1": float(f1_score(labels, one.answers, average="macro", zero_division=0.0)),
+            "macro_f1": by_class(one.answers, labels, logits.shape[1]).macro_f1,
             "c": one.c,
             "rows": one.rows,
             "of_rows": of_rows,
