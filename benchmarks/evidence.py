@@ -65,7 +65,7 @@ def data(task: str, seed: int, keep: Path, banking77: Path | None) -> Data:
     name, _, size = task.rpartition("-")
     stem = keep / "data" / f"{task}-{seed}"
     files = Data(Path(f"{stem}.parquet"), keep / "data" / f"{name}-sealed.parquet", Path(f"{stem}-other.parquet"))
-    if not all(file.is_file() for file in (files if size.isdigit() else files[:2])):
+    if not (files.train.is_file() and files.sealed.is_file()):
         pool, held = {"imdb": _imdb, "rotten": rotten}.get(name, lambda keep: _banking77(banking77))(keep)
         order = shuffled = np.random.default_rng(seed).permutation(len(pool))
         if size.isdigit() and name == "banking77":
@@ -75,10 +75,10 @@ def data(task: str, seed: int, keep: Path, banking77: Path | None) -> Data:
         elif size.isdigit():
             order = order[: int(size)]
         taken = {pool[i][0] for i in order}
-        _save(files.train, [pool[i] for i in order])
-        _save(files.sealed, held)
         if other := [pool[i] for i in shuffled if pool[i][0] not in taken]:
             _save(files.other, other[:_MOST_OTHER])
+        _save(files.train, [pool[i] for i in order])
+        _save(files.sealed, held)
     return files
 
 
@@ -175,6 +175,7 @@ def right(trials: dict[str, Any], seeds: Sequence[int]) -> Any:
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the trials of a task come to: means, intervals, differences to the default."""
     lines: dict[str, Any] = {}
+    found = {arm: trials for arm, trials in found.items() if trials}
     own = sorted(map(int, found["default"]))
     for arm, trials in found.items():
         seeds = sorted(map(int, trials))
