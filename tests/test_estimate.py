@@ -23,6 +23,7 @@ A_RUN = Estimate(
     epoch_seconds=100.0,
     eval_seconds=10.0,
     test_seconds=0.0,
+    needed_bytes=10**9,
     peak_bytes=10**9,
     available_bytes=10**10,
 )
@@ -105,6 +106,16 @@ class TestWithin:
         assert 2 * 100 * fewer / 5_000 <= 0.2 * 240
         assert 2 * (100 * rows / 1_000 + 100 * fewer / 5_000) <= 240
 
+    def test_and_a_fifth_of_as_many_epochs_as_fit(self) -> None:
+        judged = replace(A_RUN, epochs=10, epoch_seconds=10.0, eval_seconds=9.5)
+        values = estimate.within(105, judged, 1_000, 5_000)
+        epochs, fewer = values["train.num_epochs"], values["data.limit_eval"]
+        assert isinstance(epochs, int)
+        assert isinstance(fewer, int)
+        assert epochs > 2
+        assert epochs * 9.5 * fewer / 5_000 <= 0.2 * 105
+        assert epochs * (10 + 9.5 * fewer / 5_000) <= 105
+
     def test_less_than_a_hundred_rows_is_refused_with_the_time_that_is_enough(self) -> None:
         with pytest.raises(RecipeError, match="2 epochs of 100 rows") as refused:
             estimate.within(20, A_RUN, 1_000, 100)
@@ -134,6 +145,28 @@ def test_padding_costs_time_where_it_is_computed(csv_file: Path, bert: Path) -> 
     assert fast.train_seconds == pytest.approx(2 * (fast.epoch_seconds + fast.eval_seconds))
 
 
+def test_memory_is_told_without_padding_where_none_is_computed(csv_file: Path, bert: Path) -> None:
+    for fast in ("on", "off"):
+        ready = training.make_ready(training.resolve(small(csv_file, bert, runtime__fast=fast)))
+        lengths, batches = ready.job.train.encoded.lengths, ready.job.batches(0)
+        assert lengths.min() < lengths.max()
+        computed = max(lengths[rows].sum() if fast == "on" else lengths[rows].max() * len(rows) for rows in batches)
+        found = estimate.estimate(ready.job, ready.model, ready.engine, ready.trunk, Ahead(), STEADY)
+        assert found.needed_bytes == 10**9 + 10**6 * computed
+
+
+def test_memory_is_told_by_several_rows_where_a_batch_has_one(
+    csv_file: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = training.make_ready(training.resolve(small(csv_file, bert, train__batch_size=1)))
+    growing = iter([10**9, 10**9 + 10**6, 10**9 + 3 * 10**6])
+    monkeypatch.setattr(estimate.psutil.Process, "memory_info", lambda self: Memory(next(growing)))
+    found = estimate.measure(ready.job, ready.model, ready.engine, ready.trunk)
+    tokens = float(ready.job.train.encoded.lengths.mean())
+    assert 3 * 10**6 / (20 * tokens) < found.train_bytes < 3 * 10**6 / (4 * tokens)
+    assert found.eval_bytes == pytest.approx(found.train_bytes / 3)
+
+
 def test_trying_a_batch_out_changes_no_byte(csv_file: Path, bert: Path, tmp_path: Path, quick: None) -> None:
     recipe = small(csv_file, bert, runtime__fast="off")  # there dropout comes from torch's own generator
     tried = training.train(recipe, out=str(tmp_path / "tried"))
@@ -158,6 +191,14 @@ class TestMemory:
         fits = int(refused.value.mend.partition("train.batch_size=")[2].partition(";")[0])
         assert 1 <= fits < 16
         planned = training.plan(small(csv_file, bert, train__batch_size=fits))
+        estimate.check_memory(planned.ready.job, planned.speed, planned.estimate)
+
+    def test_memory_that_was_given_back_is_not_needed(
+        self, csv_file: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(estimate, "peak_rss_bytes", lambda: 10**15)
+        planned = training.plan(small(csv_file, bert))
+        assert planned.estimate.peak_bytes == 10**15
         estimate.check_memory(planned.ready.job, planned.speed, planned.estimate)
 
     def test_where_one_row_does_not_fit_no_batch_size_is_named(

@@ -81,13 +81,37 @@ def test_affinity_limits_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.usable_cores() == 7
 
 
-def test_a_container_limits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_limits_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = psutil.virtual_memory()._replace(available=8 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: left)
     for limit, below, above in ((0, 8 * GIB, 8 * GIB), (16 * GIB, 8 * GIB, 8 * GIB), (4 * GIB, 2 * GIB, 4 * GIB - 1)):
-        monkeypatch.setattr(machine, "cgroup", lambda limit=limit: (0.0, limit))
+        root = write(tmp_path / str(limit), {"memory.max": f"{limit or 'max'}\n"})
         # Of its own limit, this process has used something already.
-        assert below <= machine.available_memory() <= above
+        assert below <= machine.available_memory(root) <= above
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "memory.max": f"{64 * GIB}\n",
+            "memory.current": f"{60 * GIB}\n",
+            "memory.stat": f"anon 1\ninactive_file {GIB}\nactive_file 7\n",
+        },
+        {
+            "memory/memory.limit_in_bytes": f"{64 * GIB}\n",
+            "memory/memory.usage_in_bytes": f"{60 * GIB}\n",
+            "memory/memory.stat": f"inactive_file 3\ntotal_inactive_file {GIB}\n",
+        },
+    ],
+    ids=["v2", "v1"],
+)
+def test_what_others_in_a_container_have_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]
+) -> None:
+    left = psutil.virtual_memory()._replace(available=100 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: left)
+    assert machine.available_memory(write(tmp_path, files)) == 5 * GIB
 
 
 def test_the_peak_is_counted_in_bytes() -> None:

@@ -33,6 +33,12 @@ def minilm() -> Tokenizer:
     return tokens.from_base(MINILM)
 
 
+def test_a_text_of_no_tokens_gets_one() -> None:
+    encoded = tokens.encode(["", "good film"], from_words(["good", "film"]), 8)
+    assert encoded.lengths.tolist() == [1, 2]
+    assert not encoded.truncated.any()
+
+
 @pytest.fixture(scope="module")
 def original() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(MINILM), local_files_only=True)

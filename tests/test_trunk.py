@@ -273,7 +273,7 @@ class TestChoice:
         assert training.plan(layered.override({"lora.layers": "all"}, "test")).speed.trunk_seconds == 0
 
     def test_a_budget_pays_for_it_too(self) -> None:
-        found = estimate.Estimate(3, 300, 100.0, 10.0, 0.0, 10**9, 10**10, trunk_seconds=100.0)
+        found = estimate.Estimate(3, 300, 100.0, 10.0, 0.0, 10**9, 10**9, 10**10, trunk_seconds=100.0)
         assert estimate.within(500, found, 1_000, 100) == {}
         assert estimate.within(400, found, 1_000, 100) == {"train.num_epochs": 2}
         values = estimate.within(200, found, 1_000, 100)

@@ -18,12 +18,14 @@ import torch
 from trimtab import batching, interrupts
 from trimtab.classification import loss_sum
 from trimtab.errors import RecipeError, ResourceError
-from trimtab.forward import Engine
+from trimtab.forward import Engine, Forward
 from trimtab.machine import available_memory, peak_rss_bytes
 from trimtab.resolve import Job
+from trimtab.tokens import Encoded
 from trimtab.trunk import Trunk, compute, forward_in_memory, missing
 
 _MOST_TOKENS = 1_024  # of the batch that is tried out: a larger one costs the same a token
+_FEWEST_TRIED = 8  # rows by which memory is told: of one or two it is noise, and was up to 30 times too much
 _MOST_TIMES, _PATIENCE_S = 7, 2.5  # it is repeated: half a second alone may take a third more or less
 _FEWEST_EPOCHS = 2  # a budget takes epochs down to this, then rows
 _EVALUATION_SHARE = 0.2  # of a budget; what is left of the evaluation rows still gives an interval
@@ -69,7 +71,10 @@ class Estimate:
     eval_seconds: float
     """One pass over the evaluation rows, after each epoch."""
     test_seconds: float
+    needed_bytes: int
+    """Resident at once."""
     peak_bytes: int
+    """As a finished run tells it: the most that this process had at once, before the run too."""
     available_bytes: int
     """That the machine or its container had left when this was told."""
     trunk_seconds: float = 0.0
@@ -117,43 +122,48 @@ def work(model: Any, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
 def measure(job: Job, model: Any, engine: Engine, trunk: Trunk) -> Speed:
     """Tries out one usual batch, forward and backward, from kept states where the run will do so; no weight changes.
 
-    Memory is what the process grew by; it is scaled by tokens afterwards, so a first row goes ahead that pays for
-    whatever libraries take once.
+    Memory is what the process grew by; it is scaled by tokens afterwards, so a shorter part goes ahead that pays for
+    whatever libraries take once. Where a batch has few rows, those of more batches tell it.
     """
-    encoded = job.train.encoded
-    plan = job.batches(0)
-    tokens = np.array([encoded.lengths[rows].sum() for rows in plan])
-    rows = _middle(plan[int(np.argsort(tokens)[len(plan) // 2])], encoded.lengths)
+    encoded, plan = job.train.encoded, job.batches(0)
+    lengths = encoded.lengths
+    tokens = np.array([lengths[rows].sum() for rows in plan])
+    usual = encoded.only(_middle(plan[int(np.argsort(tokens)[len(plan) // 2])], lengths))
+    several = usual
+    if len(usual) < _FEWEST_TRIED:
+        several = encoded.only(_middle(np.concatenate(plan)[: 2 * _FEWEST_TRIED], lengths))
+    first = _beginning(several)
     process = psutil.Process()
-    forward, built = engine.forward, engine.encoder
-    if trunk.depth and built is not None:
-        encoded, rows = encoded.only(rows), np.arange(len(rows))
-        forward = forward_in_memory(built, encoded, trunk.depth)
 
-    def forward_only() -> None:
+    def over(part: Encoded) -> Forward:
+        if trunk.depth and engine.encoder is not None:
+            return forward_in_memory(engine.encoder, part, trunk.depth)
+        return engine.forward
+
+    def forward_only(forward: Forward, part: Encoded) -> None:
         with torch.inference_mode():
-            forward(encoded, rows)
+            forward(part, np.arange(len(part)))
 
-    def step(chosen: npt.NDArray[np.int64]) -> None:
-        labels = torch.from_numpy(encoded.labels[chosen]).to(job.placement.device)
-        loss_sum(forward(encoded, chosen, 0), labels).backward()  # type: ignore[no-untyped-call]
+    def step(forward: Forward, part: Encoded) -> None:
+        labels = torch.from_numpy(part.labels).to(job.placement.device)
+        loss_sum(forward(part, np.arange(len(part)), 0), labels).backward()  # type: ignore[no-untyped-call]
 
     def lower_layers() -> None:
-        if trunk.depth and built is not None:
-            list(compute(built, encoded, trunk.depth))
+        if trunk.depth and engine.encoder is not None:
+            list(compute(engine.encoder, usual, trunk.depth))
 
-    first = rows[np.argsort(encoded.lengths[rows])[:1]]
-    step(first)
+    of_first, of_several, of_usual = over(first), over(several), over(usual)
+    step(of_first, first)
     resident = int(process.memory_info().rss)
-    forward_only()
+    forward_only(of_several, several)
     after_forward = int(process.memory_info().rss)
-    step(rows)
+    step(of_several, several)
     after_step = int(process.memory_info().rss)
-    grown_by = max(1, int(encoded.lengths[rows].sum()) - int(encoded.lengths[first].sum()))
-    units = float(work(model, encoded.lengths[rows]).sum())
+    grown_by = max(1, len(several.ids) - len(first.ids))
+    units = float(work(model, usual.lengths).sum())
     found = Speed(
-        train_seconds=_seconds(lambda: step(rows)) / units,
-        eval_seconds=_seconds(forward_only) / units,
+        train_seconds=_seconds(lambda: step(of_usual, usual)) / units,
+        eval_seconds=_seconds(lambda: forward_only(of_usual, usual)) / units,
         train_bytes=max(0, after_step - resident) / grown_by,
         eval_bytes=max(0, after_forward - resident) / grown_by,
         resident_bytes=resident,
@@ -161,6 +171,12 @@ def measure(job: Job, model: Any, engine: Engine, trunk: Trunk) -> Speed:
     )
     model.zero_grad(set_to_none=True)
     return found
+
+
+def _beginning(part: Encoded) -> Encoded:
+    """The first text, cut to a quarter of all tokens."""
+    end = max(1, min(int(part.lengths[0]), len(part.ids) // 4))
+    return replace(part.only(np.zeros(1, np.int64)), ids=part.ids[:end], offsets=np.array([0, end]))
 
 
 def _middle(rows: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -200,7 +216,9 @@ def estimate(job: Job, model: Any, engine: Engine, trunk: Trunk, ahead: Ahead, s
         return units(lengths, batching.evaluation_plan(lengths)) * speed.eval_seconds
 
     def largest(lengths: npt.NDArray[np.int64], batches: list[npt.NDArray[np.int64]]) -> int:
-        return max((int(lengths[rows].max()) * len(rows) for rows in batches), default=0)
+        return max(
+            (int(lengths[rows].max()) * len(rows) if pads else int(lengths[rows].sum()) for rows in batches), default=0
+        )
 
     settings = job.recipe.train
     plan, lengths, eval_lengths = job.batches(0), job.train.encoded.lengths, job.eval.encoded.lengths
@@ -208,13 +226,15 @@ def estimate(job: Job, model: Any, engine: Engine, trunk: Trunk, ahead: Ahead, s
         speed.train_bytes * largest(lengths, plan),
         speed.eval_bytes * largest(eval_lengths, batching.evaluation_plan(eval_lengths)),
     )
+    needed = speed.resident_bytes + int(grown)
     return Estimate(
         epochs=int(settings.num_epochs),
         steps=job.steps_per_epoch * int(settings.num_epochs),
         epoch_seconds=units(lengths, plan) * speed.train_seconds,
         eval_seconds=pass_seconds(eval_lengths),
         test_seconds=pass_seconds(job.test.encoded.lengths) if job.test else 0.0,
-        peak_bytes=max(peak_rss_bytes(), speed.resident_bytes + int(grown)),
+        needed_bytes=needed,
+        peak_bytes=max(peak_rss_bytes(), needed),
         available_bytes=available_memory(),
         trunk_seconds=sum(float(work(model, entry.texts.lengths).sum()) for entry in missing(trunk))
         * speed.trunk_seconds,
@@ -234,7 +254,7 @@ def check_memory(job: Job, speed: Speed, found: Estimate) -> None:
         ResourceError: with the batch size that fits.
     """
     now = int(psutil.Process().memory_info().rss)
-    if job.placement.device.type != "cpu" or found.peak_bytes - now <= found.available_bytes:
+    if job.placement.device.type != "cpu" or found.needed_bytes - now <= found.available_bytes:
         return
     settings = job.recipe.train
     spare = found.available_bytes + now - speed.resident_bytes
@@ -249,7 +269,7 @@ def check_memory(job: Job, speed: Speed, found: Estimate) -> None:
         mend = "free some memory; or a smaller --base, or --set data.max_length=128"
     raise ResourceError(
         "memory.too_little",
-        f"This run would need about {found.peak_bytes / 1e9:.1f} GB, and "
+        f"This run would need about {found.needed_bytes / 1e9:.1f} GB, and "
         f"{(found.available_bytes + now) / 1e9:.1f} GB can be had.",
         where=f"batches of {settings.batch_size}, texts of at most {int(job.train.encoded.lengths.max())} tokens",
         mend=mend,
@@ -292,15 +312,17 @@ def within(budget: float, found: Estimate, rows: int, eval_rows: int) -> dict[st
         if found.trunk_seconds + found.train_seconds <= budget:
             return values
     budget -= found.sentence_seconds
-    pass_seconds = found.eval_seconds
-    if epochs * pass_seconds > _EVALUATION_SHARE * budget:
-        fewer = max(min(eval_rows, _FEWEST_ROWS), int(eval_rows * _EVALUATION_SHARE * budget / (epochs * pass_seconds)))
-        if fewer < eval_rows:
-            values["data.limit_eval"] = fewer
-            pass_seconds *= fewer / eval_rows
+
+    def judged(epochs: int) -> int:
+        share = _EVALUATION_SHARE * budget / max(epochs * found.eval_seconds, 1e-9)
+        return min(eval_rows, max(_FEWEST_ROWS, int(eval_rows * min(1.0, share))))
+
+    left_to_judge = judged(epochs)
+    pass_seconds = found.eval_seconds * left_to_judge / max(1, eval_rows)
     fitting = int((budget - found.trunk_seconds - found.probe_seconds) / (found.epoch_seconds + pass_seconds))
     if fitting >= epochs:
         epochs = min(found.epochs, fitting)
+        left_to_judge = judged(epochs)
     else:
         a_row = (epochs * found.epoch_seconds + found.trunk_seconds) / rows
         a_probe = found.probe_seconds / max(1, found.probe_rows)
@@ -317,6 +339,8 @@ def within(budget: float, found: Estimate, rows: int, eval_rows: int) -> dict[st
                 mend=f"--budget {-(-int(shortest) // 10) * 10 + 10}s, or a smaller --base, or --set data.max_length=64",
             )
         values["data.limit_train"] = left
+    if left_to_judge < eval_rows:
+        values["data.limit_eval"] = left_to_judge
     if epochs != found.epochs:
         values["train.num_epochs"] = epochs
     return values

@@ -26,7 +26,7 @@ from trimtab.batching import evaluation_plan
 from trimtab.build import Ready
 from trimtab.estimate import Ahead
 from trimtab.fast import encoder
-from trimtab.fast.encoder import Encoder, Head
+from trimtab.fast.encoder import Encoder
 from trimtab.hub import pooling
 from trimtab.loop import schedule
 from trimtab.tokens import Encoded
@@ -77,7 +77,7 @@ def start_head(ready: Ready, tell: Callable[[str], object] = lambda line: None) 
             gain = _REACH / max(spread, 1e-6)
             head.dense.weight.copy_(torch.eye(states.shape[1]) * gain)
             head.dense.bias.copy_(torch.from_numpy(_LIFT.get(head.kind, 0.0) - gain * centre))
-        inside = _activated(head, torch.from_numpy(states)).numpy()
+        inside = encoder.before_out(head, torch.from_numpy(states), training=False).numpy()
         weight, bias = _logistic(inside, encoded.labels[rows], len(ready.job.labels), cs)
         head.out.weight.copy_(torch.from_numpy(weight))
         head.out.bias.copy_(torch.from_numpy(bias))
@@ -135,14 +135,6 @@ def _states(built: Encoder, encoded: Encoded, rows: npt.NDArray[np.int64]) -> np
     for places, part in found:
         whole[places] = part
     return whole
-
-
-def _activated(head: Head, states: torch.Tensor) -> torch.Tensor:
-    """What the second layer of a head sees: float32[n, D]."""
-    inside = torch.nn.functional.linear(states, head.dense.weight, head.dense.bias)
-    if head.kind == "distilbert":
-        return torch.relu(inside)
-    return torch.nn.functional.gelu(inside) if head.kind == "electra" else torch.tanh(inside)
 
 
 def _logistic(

@@ -67,11 +67,21 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def available_memory() -> int:
-    """Bytes that can still be taken: what the system has left, at most what the container grants."""
-    _, limit = cgroup()
+def available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can still be taken: what the system has left, at most what the container has."""
+    _, limit = cgroup(root)
     left = int(psutil.virtual_memory().available)
-    return min(left, limit - int(psutil.Process().memory_info().rss)) if limit else left
+    return min(left, limit - _taken(root)) if limit else left
+
+
+def _taken(root: Path) -> int:
+    """Bytes that a container's processes have, without files that can be read again; at least this process's own."""
+    own = int(psutil.Process().memory_info().rss)
+    taken = _words(root / "memory.current") or _words(root / "memory/memory.usage_in_bytes")
+    told = _words(root / "memory.stat") or _words(root / "memory/memory.stat")
+    files = dict(zip(told[::2], told[1::2], strict=False))
+    again = files.get("total_inactive_file") or files.get("inactive_file") or "0"
+    return max(own, int(taken[0]) - int(again)) if taken and taken[0].isdigit() and again.isdigit() else own
 
 
 def peak_rss_bytes() -> int:

@@ -136,7 +136,8 @@ def encode(
                 kept = max(0, len(of_the_text) - excess)
                 begin = kept if keep == "start" else kept // 4
                 ids = np.delete(ids, of_the_text[begin : begin + excess])
-            pieces.append(ids)
+            # A base without special tokens makes none of an empty text, and a forward needs one.
+            pieces.append(ids if len(ids) else np.array([tokenizer.pad_id], np.int32))
     lengths = np.array([len(piece) for piece in pieces], np.int64)
     return Encoded(
         ids=np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
