@@ -101,9 +101,6 @@ def measured(ours: Pass, stock: Pass | None, rounds: int, dtype: torch.dtype) ->
         "rounds": found,
         "shares": shares,
         "product_flops": needed,
-        "product_rate_share": statistics.median(
-            needed / (shares["products"] * one["ours"]) / one["flops_per_s"] for one in found
-        ),
         "most": statistics.median(one["ours"] * one["flops_per_s"] / needed for one in found),
         **({"against_stock": statistics.median(one["stock"] / one["ours"] for one in found)} if stock else {}),
     }
