@@ -343,9 +343,10 @@ def test_demo_on_the_real_model_and_the_real_reviews(tmp_path: Path) -> None:
 
 def test_commands_that_use_an_adapter_take_runtime_settings_and_no_other(call, run: Path) -> None:
     assert call("predict", run, "a film", "--set", "runtime.fast=off").code == 0
-    refused = call("predict", run, "a film", "--set", "lora.r=4", "--json")
-    assert refused.code == 2
-    assert json.loads(refused.out)["error"]["code"] == "usage"
+    for setting in ("lora.r=4", "runtime.trunk_cache=on"):
+        refused = call("predict", run, "a film", "--set", setting, "--json")
+        assert refused.code == 2
+        assert json.loads(refused.out)["error"]["code"] == "usage"
 
 
 def test_json_holds_every_character_on_any_stream(run: Path) -> None:

@@ -399,6 +399,30 @@ def test_a_column_that_nobody_asked_for_is_not_in_the_way() -> None:
     ]
 
 
+def test_a_column_that_cannot_be_read_is_named() -> None:
+    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    error = refusal(parquet("a.parquet", text=["a"], label=[0], note=bad))
+    assert (error.code, '"note"' in error.what) == ("data.parquet", True)
+
+
+def test_files_may_name_their_columns_differently_and_are_read_again_so() -> None:
+    write("a.csv", "text,label\ngood,1\n")
+    write("b.csv", "review,label\nbad,0\n")
+    rows = data.read_rows(["a.csv", "b.csv"])
+    assert (rows.text_column, rows.label_column) == ("auto", "label")
+    again = data.read_rows(["a.csv", "b.csv"], text=rows.text_column, label=rows.label_column)
+    assert pairs(again) == pairs(rows) == [("good", "1"), ("bad", "0")]
+
+
+def test_a_link_is_of_the_format_that_its_own_name_says() -> None:
+    Path("blobs").mkdir()
+    Path(parquet("blobs/0a1b2c", text=["a"], label=[0]))
+    Path("train.parquet").symlink_to("blobs/0a1b2c")
+    rows = data.read_rows(["train.parquet"])
+    assert pairs(rows) == [("a", "0")]
+    assert Path(rows.files[0]["path"]) == Path.cwd() / "train.parquet"
+
+
 def test_reading_a_parquet_brings_no_pandas_into_memory() -> None:
     pytest.importorskip("pandas")
     program = (

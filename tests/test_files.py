@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trimtab import files
+from trimtab.classification import Labels
 from trimtab.errors import DataError
 from trimtab.files import TextTable
 from trimtab.predict import Prediction
@@ -109,6 +110,25 @@ def test_a_carriage_return_within_a_text_ends_no_row(ending: str) -> None:
         append(files.as_table(texts), answer(files.as_table(texts)))
     (table,) = files.read([f"out.{ending}"], "text")
     assert table.texts == texts
+
+
+def test_a_terminal_obeys_no_text() -> None:
+    told = [Prediction("so\x1b[31m red \u202e\n" + "long " * 40, "0", 0.5, {}, truncated=False)]
+    (line,) = files.table_lines(told, Labels(("0", "1"), ()), "")
+    assert line.isprintable()
+    assert line.endswith("...")
+    assert "red" in line
+
+
+def test_times_of_a_column_have_one_form_whatever_python_can_hold(tmp_path: Path) -> None:
+    times = pa.array([0, 10**15, 10**18, 0], pa.timestamp("us"))
+    days = pa.array([0, 1, 2, 3 * 10**6], pa.date32())
+    pq.write_table(pa.table({"text": ["a b"] * 4, "at": times, "day": days}), "a.parquet")
+    label(files.read(["a.parquet"], text="text"), "out.csv")
+    header, *rows = Path("out.csv").read_text("utf-8").splitlines()
+    assert header.startswith("text,at,day,")
+    assert [row.split(",")[1][4:8] for row in rows[:2]] == ["-01-", "-09-"]
+    assert not any(cell.isdecimal() for row in rows for cell in row.split(",")[1:3])  # 10**18 is no year of Python's
 
 
 def test_a_column_of_several_kinds_is_no_parquet() -> None:

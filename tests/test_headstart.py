@@ -83,7 +83,7 @@ def test_a_head_at_random_is_left_alone_and_so_is_one_that_the_base_brought(csv_
     before, after, line = before_and_after(brought)
     assert "brought it" in line
     assert all(torch.equal(before[name], after[name]) for name in before)
-    _, _, line = before_and_after(ready(csv_file, bert, runtime__fast="off"))
+    _, _, line = before_and_after(ready(csv_file, bert, runtime__fast="off", train__head_start="probe"))
     assert "at random" in line
 
 
@@ -146,6 +146,7 @@ def test_rates_for_the_labels_are_compared_from_one_start(csv_file: Path, senten
         ('{"pooling_mode": "mean"}', {}, "sentence"),
         ('{"pooling_mode_mean_tokens": true}', {"lora__layers": "top:1"}, "probe"),
         ('{"pooling_mode_mean_tokens": true}', {"train__head_start": "random"}, "random"),
+        ('{"pooling_mode_mean_tokens": true}', {"runtime__fast": "off"}, "random"),
         ('{"pooling_mode_cls_token": true}', {}, "probe"),
         ("[]", {}, "probe"),
     ],

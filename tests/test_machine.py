@@ -6,8 +6,11 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
+import torch
 
-from trimtab import machine
+from trimtab import device, machine
+from trimtab.config import RuntimeSettings
+from trimtab.errors import RecipeError
 
 GIB = 2**30
 X86 = """\
@@ -117,6 +120,24 @@ def test_what_others_in_a_container_have_is_not_left(
 def test_the_peak_is_counted_in_bytes() -> None:
     now = psutil.Process().memory_info().rss
     assert now / 2 < machine.peak_rss_bytes() < 64 * now
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads"), [("3", 3), ("2,4", 2), ("²", 0), ("many", 0), ("0", 0), ("100000", -1), ("9" * 5_000, -1)]
+)
+def test_threads_are_as_many_as_openmp_is_asked_for(monkeypatch: pytest.MonkeyPatch, asked: str, threads: int) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    if threads < 0:
+        with pytest.raises(RecipeError, match="OMP_NUM_THREADS asks for") as refused:
+            device.place(RuntimeSettings(device="cpu"))
+        assert len(str(refused.value)) < 300
+        return
+    placement = device.place(RuntimeSettings(device="cpu"))
+    assert set_to == [placement.threads]
+    assert (placement.threads_reason == "OMP_NUM_THREADS") == (threads > 0)
+    assert placement.threads == threads or not threads
 
 
 def test_freed_memory_goes_back_to_the_system() -> None:

@@ -6,8 +6,30 @@ from pathlib import Path
 import pytest
 
 from trimtab import comparison, rundir, runreport
-from trimtab.errors import ArtefactError
+from trimtab.errors import ArtefactError, RecipeError
 from trimtab.rundir import RunDir
+
+
+def test_a_run_directory_without_a_name_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    for out in ("", " "):
+        with pytest.raises(RecipeError, match="has no name"):
+            rundir.create(out, "reviews")
+    with pytest.raises(RecipeError, match="is not empty"):
+        rundir.create(".", "reviews")
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_commands_to_copy_are_quoted(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "my run")
+    run.path.mkdir()
+    run.recipe.touch()
+    with pytest.raises(ArtefactError) as caught:
+        rundir.adapter_in(run.path)
+    assert caught.value.mend == f"trimtab train --resume '{run.path}'"
 
 
 @pytest.mark.parametrize("ask", [rundir.adapter_in, comparison.read_answers, runreport.read])

@@ -24,7 +24,7 @@ from trimtab.adapter import PROBES, described_lora, probe
 from trimtab.classification import LONGEST_SERVED_LABEL, Labels, softmax
 from trimtab.config import LoraSettings, RuntimeSettings, read_names
 from trimtab.device import place
-from trimtab.errors import ArtefactError, BaseModelError, RecipeError, ResourceError, did_you_mean, some
+from trimtab.errors import ArtefactError, BaseModelError, RecipeError, ResourceError, did_you_mean, quoted, some
 from trimtab.fast import encoder
 from trimtab.forward import choose, stock
 from trimtab.hub import Base
@@ -246,7 +246,7 @@ def _no_adapter(folder: Path) -> ArtefactError:
 
 
 def _ours(folder: Path) -> ArtefactError:
-    place = shlex.quote(str(folder))
+    place = quoted(folder)
     return ArtefactError(
         "adopt.ours",
         "This adapter is one of trimtab's: it knows its labels and its base already.",
@@ -345,7 +345,7 @@ def _target(out: str | Path | None, folder: Path) -> Path:
             "adopt.out",
             "The folder to write is there already, and nothing is overwritten.",
             where=str(target),
-            mend=f"--out ANOTHER, or remove it first: rm -r {shlex.quote(str(target))}",
+            mend=f"--out ANOTHER, or remove it first: rm -r {quoted(target)}",
         )
     return target
 
@@ -422,8 +422,7 @@ def _find_base(given: str | None, config: Mapping[str, Any], folder: Path) -> Ba
             f"This adapter was trained on the revision {revision!r} of {recorded}, and a base is found by its name "
             "alone.",
             where=place,
-            mend=f"hf download {shlex.quote(recorded)} --revision {shlex.quote(str(revision))} --local-dir base, then "
-            "--base ./base",
+            mend=f"hf download {quoted(recorded)} --revision {quoted(revision)} --local-dir base, then --base ./base",
         )
     try:
         return hub.find_base(recorded)

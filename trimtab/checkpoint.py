@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load, save
 
 from trimtab import durable
-from trimtab.errors import ArtefactError, ResourceError
+from trimtab.errors import ArtefactError, ResourceError, quoted
 
 SCHEMA_VERSION = 2
 _KEPT = 2  # newest checkpoints that stay, beside the best one
@@ -66,7 +66,7 @@ def write(
             "checkpoint.write",
             f"The checkpoint of step {step:,} cannot be written: {error.strerror}. Older ones stand as they were.",
             where=str(final),
-            mend=f"make room, then: trimtab train --resume {folder.parent}",
+            mend=f"make room, then: trimtab train --resume {quoted(folder.parent)}",
         ) from None
     return final
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.errors import MissingExtraError, RecipeError, ResourceError, TrimtabError, install_extra
+from trimtab.errors import MissingExtraError, RecipeError, ResourceError, TrimtabError, install_extra, quoted, some
 
 if TYPE_CHECKING:
     from trimtab.config import RuntimeSettings
@@ -109,7 +109,7 @@ def train(
         raise RecipeError(
             "usage",
             "--resume goes on as the run's own recipe.toml says; it takes no file, setting or flag but --json.",
-            mend=f"trimtab train --resume {resume}",
+            mend=f"trimtab train --resume {quoted(resume)}",
         )
     layered = config.assemble(recipe, given, settings or [])
     if dry_run and budget:
@@ -209,7 +209,9 @@ def predict(
         raise RecipeError("usage", "Texts and --file were given, where one is expected.", mend="leave one of them out")
     if texts and len(texts) == 1 and os.path.isfile(texts[0]):
         raise RecipeError(
-            "usage", f"{texts[0]} is a file, and was given as a text.", mend=f"--file {texts[0]}; or pipe the text in"
+            "usage",
+            f"{texts[0]} is a file, and was given as a text.",
+            mend=f"--file {quoted(texts[0])}; or pipe the text in",
         )
     if text and not file:
         raise RecipeError(
@@ -740,12 +742,13 @@ def _runtime(settings: list[str] | None) -> "RuntimeSettings":
     """The `runtime` settings of a command that uses an adapter; its other settings are the adapter's own."""
     from trimtab import config
 
-    if other := [setting for setting in settings or [] if not setting.startswith("runtime.")]:
+    taken = ("runtime.device", "runtime.threads", "runtime.dtype", "runtime.fast")
+    if other := [setting for setting in settings or [] if setting.partition("=")[0].strip() not in taken]:
         raise RecipeError(
             "usage",
-            f'"{other[0]}" was settled when the adapter was trained.',
+            f'"{other[0]}" is of training, and was settled then.',
             where="--set",
-            mend="here --set takes runtime.device, runtime.threads, runtime.dtype and runtime.fast",
+            mend=f"here --set takes {some(taken)}",
         )
     return config.assemble(settings=settings or []).recipe.runtime
 
@@ -781,9 +784,9 @@ def _nothing_is_garbage() -> Iterator[None]:
 def _shown(path: Path) -> str:
     """A path as a user would type it from here."""
     try:
-        return str(path.relative_to(Path.cwd()))
+        return quoted(str(path.relative_to(Path.cwd())))
     except ValueError:
-        return str(path)
+        return quoted(path)
 
 
 @contextmanager

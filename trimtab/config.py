@@ -68,6 +68,7 @@ def read_names(value: str) -> dict[str, str]:
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Auto = Literal["auto"]
+MOST_THREADS = 4_096
 Keep = Literal["start", "ends"]
 """What is left of a text that is cut."""
 
@@ -203,7 +204,9 @@ class RuntimeSettings(Section):
     """The machine."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, mps, else cpu.")
-    threads: int = Field(0, ge=0, le=4096, description="CPU threads; 0: OMP_NUM_THREADS, else the cores we may use.")
+    threads: int = Field(
+        0, ge=0, le=MOST_THREADS, description="CPU threads; 0: OMP_NUM_THREADS, else the cores we may use."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 with AVX-512's instructions."
     )

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import shlex
 import unicodedata
 import zlib
 from collections import Counter
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trimtab.errors import DataError, did_you_mean, some
+from trimtab.errors import DataError, did_you_mean, quoted, some
 from trimtab.hub import fetch_data_file, file_sha256
 
 TEXT_COLUMNS = (
@@ -115,6 +114,7 @@ class Rows:
     examples: list[Example]
     rejects: list[Reject]
     text_column: str
+    """`auto` where the files name it differently; so is `label_column`."""
     label_column: str
     files: list[dict[str, Any]]
     """For each file: path, sha256, rows, encoding, delimiter."""
@@ -152,12 +152,14 @@ def read_rows(
     kinds: list[str] = []
     files = []
     text_column = label_column = ""
+    columns: list[tuple[str, str]] = []
     for path in expand(paths):
         table = read_table(path)
         name = str(table.path)
         rejects += table.ragged
         if table.lines or not table.ragged:
             text_column, label_column = find_columns(table, text, label)
+            columns.append((text_column, label_column))
         cells = zip(table.lines, table.columns.get(text_column, []), table.columns.get(label_column, []), strict=True)
         for line, cell, raw in cells if table.lines else ():
             value, kind, problem = _label(raw)
@@ -197,6 +199,7 @@ def read_rows(
             where=some(paths),
             mend="a file with one row a text, under a header",
         )
+    text_column, label_column = (names[0] if len(set(names)) == 1 else "auto" for names in zip(*columns, strict=True))
     return Rows(examples, sorted(rejects), text_column, label_column, files)
 
 
@@ -480,9 +483,10 @@ def expand(paths: Sequence[str]) -> list[Path]:
                 "data.pipe",
                 "This is a pipe, which can be read only once.",
                 where=str(pipes[0]),
-                mend=f"save it first: cat {shlex.quote(str(pipes[0]))} > rows.csv",
+                mend=f"save it first: cat {quoted(pipes[0])} > rows.csv",
             )
-        files += [match.resolve() for match in matches]
+        # A link keeps its own name, whose ending tells the format: in the hub's cache its target's is a checksum.
+        files += [match.parent.resolve() / match.name for match in matches]
     for file in files:
         if _HALF.search(str(file)):
             raise DataError(
@@ -539,7 +543,7 @@ def _read_parquet(path: Path) -> Table:
     with _parquet_errors(path), pq.ParquetFile(path) as file:
         _check_header(path, file.schema_arrow.names)
         table = file.read()
-        columns = {name: _values(table.column(name)) for name in table.column_names}
+        columns = {name: _values(path, name, table.column(name)) for name in table.column_names}
     return Table(path, columns, list(range(1, table.num_rows + 1)), encoding="parquet")
 
 
@@ -569,20 +573,33 @@ def read_parquet_in_parts(path: Path, rows: int) -> Iterator[tuple[Table, Any]]:
         row = 1
         nothing = pa.RecordBatch.from_pylist([], file.schema_arrow)
         for batch in file.iter_batches(rows) if file.metadata.num_rows else (nothing,):
-            columns = {name: _values(batch.column(name)) for name in batch.schema.names}
+            columns = {name: _values(path, name, batch.column(name)) for name in batch.schema.names}
             yield Table(path, columns, list(range(row, row + len(batch))), encoding="parquet"), batch
             row += len(batch)
 
 
-def _values(column: Any) -> list[Any]:
+def _values(path: Path, name: str, column: Any) -> list[Any]:
+    """The cells of a column; times as pyarrow writes them, for Python has no nanoseconds and no year 10000.
+
+    Raises:
+        DataError: a cell is nothing that Python can hold.
+    """
     import pyarrow as pa
 
     try:
-        return column.to_pylist()  # type: ignore[no-any-return]
-    except (ValueError, OverflowError):  # a time that Python cannot hold: nanoseconds, an unknown zone
         if not pa.types.is_temporal(column.type):
-            raise
-        return column.cast(pa.int64()).to_pylist()  # type: ignore[no-any-return]
+            return column.to_pylist()  # type: ignore[no-any-return]
+        try:
+            return column.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+        except pa.ArrowException:  # an unknown zone: the number that is kept
+            return column.cast(pa.int64()).to_pylist()  # type: ignore[no-any-return]
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # bytes that are no UTF-8, nanoseconds in a list
+        raise DataError(
+            "data.parquet",
+            f'The column "{name}", {column.type}, cannot be read: {str(error).splitlines()[0]}',
+            where=str(path),
+            mend="write that column again, or leave it out of the file",
+        ) from None
 
 
 @contextmanager
@@ -707,7 +724,8 @@ def _undecodable(
         "data.encoding",
         f"Line {line:,} is {what}: byte 0x{raw[error.start]:02x} at {error.start:,}.",
         where=f"{path}, line {line}",
-        mend=f"save the file as UTF-8, e.g.: iconv -f {was} -t UTF-8 {path.name} > utf8-{path.name}",
+        mend=f"save the file as UTF-8, e.g.: iconv -f {was} -t UTF-8 {quoted(path.name)} > "
+        + quoted(f"utf8-{path.name}"),
     )
 
 

@@ -2,12 +2,13 @@
 
 import math
 import os
+import re
 from dataclasses import dataclass
 
 import torch
 
-from trimtab.config import RuntimeSettings
-from trimtab.errors import RecipeError
+from trimtab.config import MOST_THREADS, RuntimeSettings
+from trimtab.errors import RecipeError, plain
 from trimtab.machine import cgroup, keep_few_shapes, keep_freed_memory, usable_cores
 
 _TORCH_THREADS = torch.get_num_threads()  # read before anything sets it
@@ -40,7 +41,7 @@ def place(settings: RuntimeSettings) -> Placement:
     """Chooses the device, sets torch's threads, the allocator and what oneDNN keeps.
 
     Raises:
-        RecipeError: the recipe asks for a device that torch does not offer here.
+        RecipeError: the recipe asks for a device that torch does not offer here, OMP_NUM_THREADS for too many threads.
     """
     offered = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name: str = settings.device
@@ -66,7 +67,16 @@ def place(settings: RuntimeSettings) -> Placement:
 
 
 def _threads() -> tuple[int, str]:
-    if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(asked) > 0:
+    # Of a list, a number for each level of nesting, the first is ours; what is no number is passed over, as by OpenMP.
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if re.fullmatch("[0-9]+", asked) and asked.strip("0"):
+        if len(asked) > 9 or int(asked) > MOST_THREADS:
+            raise RecipeError(
+                "runtime.threads",
+                f"OMP_NUM_THREADS asks for {plain(asked, 20)} threads; {MOST_THREADS:,} are the most.",
+                where="OMP_NUM_THREADS",
+                mend=f"OMP_NUM_THREADS={usable_cores()}, or unset it",
+            )
         return int(asked), "OMP_NUM_THREADS"
     cores, (quota, _) = usable_cores(), cgroup()
     if quota and quota < cores:

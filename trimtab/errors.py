@@ -14,6 +14,7 @@ Every error says what was found, where, and how to mend it, and has a stable `co
 """
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 
@@ -94,6 +95,11 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     by_lower = {word.casefold(): word for word in known}
     close = difflib.get_close_matches(wrong.casefold(), by_lower, n=1, cutoff=0.6)
     return f' Did you mean "{by_lower[close[0]]}"?' if close else ""
+
+
+def quoted(word: object) -> str:
+    """A path as a shell takes it, for commands that people copy."""
+    return shlex.quote(str(word))
 
 
 def plain(text: str, most: int) -> str:

@@ -14,7 +14,7 @@ from rich.cells import cell_len
 
 from trimtab import data
 from trimtab.classification import Labels
-from trimtab.errors import DataError, RecipeError, ResourceError, some
+from trimtab.errors import DataError, RecipeError, ResourceError, plain, quoted, some
 from trimtab.predict import Prediction
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -139,7 +139,9 @@ def check_writable(out: str) -> None:
         )
     if not os.path.isdir(Path(os.path.expanduser(out)).parent):
         raise ResourceError(
-            "out.folder", f"There is no folder {Path(out).parent}.", mend=f"mkdir -p {Path(out).parent}"
+            "out.folder",
+            f"There is no folder {Path(out).parent}.",
+            mend=f"mkdir -p {quoted(Path(out).parent)}",
         )
     if not os.access(Path(os.path.expanduser(out)).parent, os.W_OK):  # a read-only volume too
         raise ResourceError(
@@ -257,8 +259,7 @@ def table_lines(
     note_width = max((len(note) for note in notes), default=0)
     lines = []
     for i, (prediction, name) in enumerate(zip(predictions, names, strict=True)):
-        text = " ".join(prediction.text.split())
-        shown = text if len(text) <= 100 else text[:97] + "..."
+        shown = plain(" ".join(prediction.text.split()), 100)
         note = f"{notes[i]:<{note_width}}  " if notes else ""
         cut = "  [cut: not all of it was read]" if prediction.truncated else ""
         lines.append(f"{name}{' ' * (width - cell_len(name))}  {prediction.score:.3f}  {note}{shown}{cut}")

@@ -20,7 +20,7 @@ import torch
 from trimtab import checkpoint, estimate, interrupts
 from trimtab.classification import class_weights, compute_logits, loss_sum, metrics
 from trimtab.config import TrainSettings
-from trimtab.errors import ArtefactError, DivergedError, ResourceError
+from trimtab.errors import ArtefactError, DivergedError, ResourceError, quoted
 from trimtab.forward import Forward
 from trimtab.machine import give_back_freed_memory
 from trimtab.model import trainable
@@ -342,7 +342,7 @@ def _tell_not_finite(
             f"Loss or gradients were not finite {progress.left_out} times in a row, the loss at last "
             f"{done.loss / done.rows:g}; these steps changed no weight, and the last checkpoint stands.",
             where=f"step {progress.step:,}, learning rate {rate:g}; events.jsonl has the rows",
-            mend=f"trimtab train --recipe {loop.run.recipe} "
+            mend=f"trimtab train --recipe {quoted(loop.run.recipe)} "
             f"--set train.learning_rate={float(loop.settings.learning_rate) / 3:.1g}",
         )
 
@@ -474,7 +474,8 @@ def _load_newest(
             "run.recipe_changed",
             "recipe.toml is not what this run was started with, so its checkpoints do not belong to it.",
             where=f"{run.recipe}: " + " | ".join(" ".join(line.split()) for line in changed[:10]),
-            mend=f"bring the old file back; or start a run of its own: trimtab train --recipe {run.recipe} --out DIR",
+            mend=f"bring the old file back; or start a run of its own: trimtab train --recipe {quoted(run.recipe)} "
+            "--out DIR",
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -370,6 +370,8 @@ def _settle(
 
 def _head_start(recipe: Recipe, base: Base, rows: int, labels: int) -> tuple[str, str]:
     """How a new head begins, and why."""
+    if recipe.runtime.fast == "off":
+        return "random", "auto: the stock forward does not know the layers of a head"
     if recipe.lora.init_from:
         return "probe", "auto: LoRA is that of lora.init_from"
     if recipe.lora.top:

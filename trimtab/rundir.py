@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from trimtab import durable
-from trimtab.errors import ArtefactError, RecipeError, ResourceError, TrimtabError, did_you_mean
+from trimtab.errors import ArtefactError, RecipeError, ResourceError, TrimtabError, did_you_mean, quoted
 from trimtab.machine import processor, usable_cores
 
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pyarrow")
@@ -130,7 +130,7 @@ def not_ended(run: RunDir) -> tuple[str, str]:
     """Why a run has not come to its end, and what to do then."""
     if _is_being_written(run):
         return "it is still training", "wait until it ends: then all of it is there, the adapter too"
-    return "it did not come to its end", f"trimtab train --resume {run.path}"
+    return "it did not come to its end", f"trimtab train --resume {quoted(run.path)}"
 
 
 def _is_being_written(run: RunDir) -> bool:
@@ -157,11 +157,15 @@ def check(out: str | None, *, needs: int = 0) -> None:
     """Whether `create` will do, for those who have long work before it.
 
     Raises:
-        RecipeError: `out` exists and is not empty.
+        RecipeError: `out` is no name, or exists and is not empty.
         ResourceError: its volume has less than `needs` bytes left.
     """
+    if out is not None and not out.strip():  # of a variable that is not set: it would be the current folder
+        raise RecipeError(
+            "usage", "The run directory has no name.", where="--out", mend="--out DIR, or without it: a new one in runs"
+        )
     with _creating():
-        path = Path(os.path.expanduser(out or "runs")).resolve()
+        path = Path(os.path.expanduser("runs" if out is None else out)).resolve()
         _check_room(path, needs)
         if (
             out is not None
@@ -171,7 +175,7 @@ def check(out: str | None, *, needs: int = 0) -> None:
             raise RecipeError(
                 "run.exists",
                 f"{out} exists and is not empty; nothing in it was touched.",
-                mend=f"another --out, or go on with that run: trimtab train --resume {out}",
+                mend=f"another --out, or go on with that run: trimtab train --resume {quoted(out)}",
             )
 
 

@@ -42,7 +42,7 @@ from trimtab.build import Ready, make_ready, with_trunk
 from trimtab.classification import compute_logits, metrics
 from trimtab.config import MINILM, Layered
 from trimtab.data import Reject
-from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError, TrimtabError
+from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError, TrimtabError, quoted
 from trimtab.estimate import Estimate
 from trimtab.headstart import start_head, work_ahead
 from trimtab.hub import find_base
@@ -234,7 +234,7 @@ def _check_finished(run: RunDir) -> None:
             f"This run was finished, and its adapter does not answer as it did: largest difference "
             f"{found.largest_difference:.2g} over {found.rows} stored answers.",
             where=str(run.adapter),
-            mend=f"bring the folder back from a copy; or train again: trimtab train --recipe {run.recipe}",
+            mend=f"bring the folder back from a copy; or train again: trimtab train --recipe {quoted(run.recipe)}",
         )
 
 
@@ -343,7 +343,11 @@ def _disk_errors(run: RunDir) -> Iterator[None]:
             f"What it has: {', '.join(there) or 'nothing'}.",
             where=str(error.filename or run.path),
             mend=("make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to it that it can be written")
-            + (f", then: trimtab train --resume {run.path}" if run.recipe.is_file() else ", then start it again"),
+            + (
+                f", then: trimtab train --resume {quoted(run.path)}"
+                if run.recipe.is_file()
+                else ", then start it again"
+            ),
         ) from error
 
 
@@ -542,7 +546,8 @@ def _verify_in_fresh_process(run: RunDir) -> dict[str, Any]:
             if process.returncode == ArtefactError.exit_code
             else "The saved adapter could not be checked in a process of its own, so this run is not done.",
             where=f"{run.adapter}: {err.strip() or out.strip()}",
-            mend=f"trimtab verify {run.path} tries again; if it stays so, please report it with environment.json",
+            mend=f"trimtab verify {quoted(run.path)} tries again; if it stays so, please report it with "
+            "environment.json",
         )
     found: dict[str, Any] = json.loads(out)
     return found | {"seconds": time.monotonic() - began}

@@ -22,7 +22,7 @@ import numpy as np
 from trimtab import config, data, durable, interrupts, rundir
 from trimtab.comparison import Answers, read_answers
 from trimtab.config import Layered
-from trimtab.data import Example
+from trimtab.data import Example, Rows
 from trimtab.errors import (
     ArtefactError,
     BaseModelError,
@@ -229,15 +229,17 @@ def _split(layered: Layered, folder: Path) -> dict[str, object]:
             )
         durable.make_folder(folder / "data")
         for role, part in parts.items():
-            _write_rows(files[role], part, rows.text_column, rows.label_column)
+            _write_rows(files[role], part, rows)
     return {"data.train": (str(files["train"]),), "data.test": (str(files["test"]),)}
 
 
-def _write_rows(file: Path, examples: Sequence[Example], text: str, label: str) -> None:
+def _write_rows(file: Path, examples: Sequence[Example], rows: Rows) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     written = io.BytesIO()
+    text = "text" if rows.text_column == "auto" else rows.text_column
+    label = "label" if rows.label_column == "auto" else rows.label_column
     columns = {text: [example.text for example in examples], label: [example.label for example in examples]}
     pq.write_table(pa.table(columns), written)
     durable.replace(file, written.getvalue())

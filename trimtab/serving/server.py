@@ -5,7 +5,6 @@ import gc
 import logging
 import multiprocessing
 import re
-import shlex
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from trimtab import adapter as adapter_folder
 from trimtab import tokens
 from trimtab.config import RuntimeSettings
 from trimtab.device import place
-from trimtab.errors import ArtefactError, BaseModelError, RecipeError, ResourceError, TrimtabError, some
+from trimtab.errors import ArtefactError, BaseModelError, RecipeError, ResourceError, TrimtabError, quoted, some
 from trimtab.hub import Base, find_base
 from trimtab.machine import available_memory
 from trimtab.rundir import adapter_in
@@ -186,7 +185,7 @@ def _one_adapter(path: str) -> Path:
             "serve.name",
             "This is a directory of adapters, and no adapter.",
             where=path,
-            mend=f"trimtab serve --adapter-dir {shlex.quote(path)}",
+            mend=f"trimtab serve --adapter-dir {quoted(path)}",
         )
     return adapter_in(path)
 
