@@ -131,6 +131,14 @@ def test_times_of_a_column_have_one_form_whatever_python_can_hold(tmp_path: Path
     assert not any(cell.isdecimal() for row in rows for cell in row.split(",")[1:3])  # 10**18 is no year of Python's
 
 
+def test_what_json_has_no_word_for_is_null() -> None:
+    pq.write_table(pa.table({"text": ["a", "b"], "score": [float("nan"), 0.5]}), "a.parquet")
+    label(files.read(["a.parquet"], text="text"), "out.jsonl")
+    assert "NaN" not in Path("out.jsonl").read_text("utf-8")
+    (table,) = files.read(["out.jsonl"], "text")
+    assert table.columns["score"] == [None, 0.5]
+
+
 def test_a_column_of_several_kinds_is_no_parquet() -> None:
     table = TextTable({"text": ["a", "b"], "id": [1, "x"]}, "text")
     with pytest.raises(DataError, match="no one type"), files.writing("out.parquet") as append:

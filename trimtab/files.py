@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -236,10 +237,10 @@ def _text(draft: Path, suffix: str) -> Iterator[Callable[[TextTable, Sequence[Pr
             columns = table.columns | _answers(predictions)
             rows = zip(*columns.values(), strict=True)
             if suffix == ".jsonl":
-                file.writelines(
-                    json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False, default=str) + "\n"
-                    for row in rows
-                )
+                for row in rows:  # JSON has neither NaN nor infinity
+                    cells = (None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row)
+                    one = dict(zip(columns, cells, strict=True))
+                    file.write(json.dumps(one, ensure_ascii=False, default=str) + "\n")
                 return
             if not has_header:
                 writer.writerow(columns)
