@@ -131,6 +131,13 @@ def test_times_of_a_column_have_one_form_whatever_python_can_hold(tmp_path: Path
     assert not any(cell.isdecimal() for row in rows for cell in row.split(",")[1:3])  # 10**18 is no year of Python's
 
 
+def test_a_comma_that_splits_a_text_is_told_with_its_mend() -> None:
+    Path("a.csv").write_text("text\nHello\nHello, my friend\n", "utf-8")
+    with pytest.raises(DataError, match=r"a\.csv line 3 \(ragged\)") as caught:
+        files.read(["a.csv"], text="text")
+    assert 'needs "..." around it' in caught.value.mend
+
+
 def test_what_json_has_no_word_for_is_null() -> None:
     pq.write_table(pa.table({"text": ["a", "b"], "score": [float("nan"), 0.5]}), "a.parquet")
     label(files.read(["a.parquet"], text="text"), "out.jsonl")

@@ -106,7 +106,8 @@ def _check(tables: Iterable[data.Table], text: str) -> None:
             "data.bad_rows",
             f"{len(bad):,} rows hold no text that could be labelled: {some(bad)}.",
             where=some(places),
-            mend="correct or remove these rows; an empty string is fine",
+            mend=('a text with a comma in it needs "..." around it; ' if "(ragged)" in " ".join(bad) else "")
+            + "correct or remove these rows; an empty string is fine",
         )
 
 
