@@ -106,7 +106,7 @@ def _check(tables: Iterable[data.Table], text: str) -> None:
             "data.bad_rows",
             f"{len(bad):,} rows hold no text that could be labelled: {some(bad)}.",
             where=some(places),
-            mend=('a text with a comma in it needs "..." around it; ' if "(ragged)" in " ".join(bad) else "")
+            mend=('a text with a comma in it needs "..." around it; ' if any("(ragged)" in one for one in bad) else "")
             + "correct or remove these rows; an empty string is fine",
         )
 
