@@ -29,9 +29,9 @@ def main() -> None:
     plan = trials.Plan(METHODS, given.seeds, given.rates)
     found = {}
     for task in given.tasks.split(","):
-        train, sealed = data(task, 0, given.keep, None)
+        files = data(task, 0, given.keep, None)
         layered = config.assemble(
-            "default", {"data.train": (str(train),), "data.test": (str(sealed),), "base.model": MINILM}
+            "default", {"data.train": (str(files.train),), "data.test": (str(files.sealed),), "base.model": MINILM}
         )
         out = given.keep / f"claim-{task}"
         found[task] = trials.run(layered, plan, out=str(out), tell=lambda line: print(line, flush=True))

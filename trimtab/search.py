@@ -83,7 +83,6 @@ def _brief(layered: Layered, usual: Job) -> Layered:
         "data.max_length": usual.recipe.data.max_length,
         # Fewer rows would settle these otherwise.
         "data.label_names": usual.recipe.data.label_names,
-        "base.dropout": usual.recipe.base.dropout,
         "train.head_start": usual.recipe.train.head_start,
     }
     return layered.override(values, "search")
