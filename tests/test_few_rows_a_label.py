@@ -117,6 +117,12 @@ def test_base_dropout(csv_file: Path, bert: Path, settings: dict[str, Any], drop
     assert found.model_config.hidden_dropout_prob == found.model_config.attention_probs_dropout_prob == drops
 
 
+def test_many_labels_are_learned_at_twice_the_rate(tmp_path: Path, bert: Path) -> None:
+    for count, rate in ((19, 1e-3), (20, 2e-3)):
+        file = labelled(tmp_path / f"{count}.csv", *(f"{i} film" for i in range(count)))
+        assert job(file, bert, train__learning_rate="auto").recipe.train.learning_rate == rate
+
+
 def test_lower_layers_of_an_adapter_to_start_from_can_be_kept(csv_file: Path, bert: Path, tmp_path: Path) -> None:
     first = training.train(small(csv_file, bert, lora__layers="top:1"), out=str(tmp_path / "first"))
     flags = {"data.train": (str(csv_file),), "base.model": str(bert)}

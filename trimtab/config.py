@@ -172,7 +172,9 @@ class TrainSettings(Section):
     batch_size: int = Field(16, ge=1, description="Rows a step.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches an optimizer step.")
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Literal["auto", "search"] = Field(
-        "auto", description="auto: 1e-3, 5e-4 from width 768, 3e-4 from 1024; search: tries three around that."
+        "auto",
+        description="auto: 1e-3, 5e-4 from width 768, 3e-4 from 1024, twice that from 20 labels on; "
+        "search: tries three around that.",
     )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only.")
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of steps of warm-up; above 0: at least 10.")

@@ -22,7 +22,7 @@ from trimtab.loop import run_loop
 from trimtab.resolve import Job, resolve
 from trimtab.rundir import RunDir
 
-_FACTORS = (1 / 3, 1.0, 3.0)  # of the rate that `auto` takes for this width
+_FACTORS = (1 / 3, 1.0, 3.0)  # of the rate that `auto` takes
 _SHARE = 0.1  # of the steps of the run, for each rate, after the start of its head
 _FEWEST_STEPS = 20  # below this the warm-up is all that is seen
 _MOST_EVAL_ROWS = 500
