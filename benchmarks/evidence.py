@@ -9,8 +9,9 @@ train.csv and test.csv.
 
 What has finished stands in benchmarks/results/evidence.json, each trial with its commit, its processor's kind (bf16 or
 avx2) and a bit for every sealed row: a second call, in another clone or on another machine too, goes on from there with
-more tasks, arms or seeds, and trains again what a changed recipe makes another run. Differences are of trials on the
-same kind. --jobs 2 trains two at a time with half of the cores each. Prints the table. Needs the extra `demo`.
+more tasks, arms or seeds, and trains again what a changed recipe makes another run. A changed rule for an `auto` is not
+seen: take such trials and their runs out. Differences are of trials on the same kind. --jobs 2 trains two at a time
+with half of the cores each. Prints the table. Needs the extra `demo`.
 """
 
 import argparse
