@@ -89,6 +89,18 @@ def test_evaluation_of_a_run_has_the_same_baselines_and_an_adapter_alone_says_wh
     assert "adapter alone" in "\n".join(report.score_lines(alone))
 
 
+def test_evaluation_of_a_run_tells_the_rows_that_it_was_trained_on(told: tuple[Path, Path], tmp_path: Path) -> None:
+    run, _ = told
+    rows = reviews(30)
+    mixed = write_csv(tmp_path / "mixed.csv", [*rows[:20], *((f"unseen {text}", label) for text, label in rows[20:])])
+    found = trimtab.evaluate(run, mixed)
+    assert (found["overlap_rows"], found["clean"]["eval_rows"]) == (20, 10)
+    said = "\n".join(report.score_lines(found))
+    assert "on the 10 rows that are in no training file" in said
+    assert "20 of these rows stand in the training file too" in said
+    assert "overlap_rows" not in trimtab.evaluate(run / "adapter", mixed)
+
+
 def test_a_run_whose_training_file_is_gone_is_evaluated_without(told: tuple[Path, Path], tmp_path: Path) -> None:
     import shutil
 

@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_two_runs(runs: list[Path]) -> None:
     (against,) = found["against"]
     assert against["difference"] == pytest.approx(learned["accuracy"] - brief["accuracy"])
     assert against["verdict"] == "better"
-    assert against["mcnemar_p"] < 0.01
+    assert against["p"] < 0.01
     rows = [pq.read_table(run / "predictions.parquet").to_pylist() for run in runs]
     changed = [(a, b) for a, b in zip(*rows, strict=True) if a["predicted_label"] != b["predicted_label"]]
     assert len(against["changed"]) == len(changed)
@@ -190,7 +191,7 @@ def test_methods_are_trained_at_equal_tuning_and_compared(compared: tuple[Path, 
     for one in found["methods"]:
         tried = {path.parent.name for path in folder.glob(f"trials/{one['method']}/*/seed-42")}
         assert len(tried) == 2
-        assert len(one["accuracies"]) == 2
+        assert len(one["accuracies"]) == (1 if one["method"] == "head" else 2)  # the probe has no seed
         assert one["ci95"][0] <= one["accuracy"] <= one["ci95"][1]
         assert min(one[key] for key in ("trainable_parameters", "adapter_bytes", "core_seconds", "peak_rss_bytes")) > 0
     lora, head, full = found["methods"]
@@ -222,7 +223,81 @@ def test_full_fine_tuning_moves_the_base_and_the_probe_does_not_need_to(compared
     _, found = compared
     _, head, full = found["methods"]
     assert full["accuracy"] > 0.5
-    assert head["accuracies"][0] == head["accuracies"][1]  # the probe has no seed
+    assert head["std"] is None
+
+
+def made_up(
+    monkeypatch: pytest.MonkeyPatch, right: Callable[[str], np.ndarray], diverging: tuple[str, ...] = ()
+) -> None:
+    """Trials without a training: each answers the rows rightly that `right` says of its name, or diverges."""
+
+    def train(place: rundir.RunDir, layered: config.Layered, trial: trials.Trial) -> dict[str, Any]:
+        if trial.name.startswith(diverging):
+            raise DivergedError("trial.failed", "it diverged")
+        place.path.mkdir(parents=True)
+        costs = dict.fromkeys(("trainable_parameters", "adapter_bytes", "core_seconds", "peak_rss_bytes"), 1)
+        scores = dict.fromkeys(("chosen_on_accuracy", "chosen_on_loss", "macro_f1", "accuracy"), 0.5)
+        place.metrics.write_text(json.dumps({**costs, **scores, "per_class": {}}), "utf-8")
+        return trials._metrics(place)
+
+    def answers(place: rundir.RunDir) -> Any:
+        told = right(str(place.path.relative_to(place.path.parents[2])))
+        return SimpleNamespace(rows=SimpleNamespace(told=told, truth=np.ones(len(told), np.bool_)))
+
+    monkeypatch.setattr(trials, "_train", train)
+    monkeypatch.setattr(trials, "_answers", answers)
+
+
+@pytest.mark.parametrize(
+    ("diverging", "left", "lost"),
+    [
+        (("lora/0.001/seed-43",), ["head", "full"], ["lora"]),
+        (("full/",), ["lora", "head"], ["full"]),
+        (("lora/", "head/", "full/"), [], []),
+    ],
+)
+def test_a_method_that_diverges_costs_the_others_nothing(
+    diverging: tuple[str, ...],
+    left: list[str],
+    lost: list[str],
+    csv_file: Path,
+    bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made_up(monkeypatch, lambda name: np.arange(9) < len(name) % 9, diverging)
+    layered = small(csv_file, bert, train__learning_rate=1e-3)
+    plan = trials.Plan(METHODS, seeds=2, rates=1)
+    if not left:
+        with pytest.raises(DivergedError, match="Every method diverged"):
+            trials.run(layered, plan, out=str(tmp_path / "o"), tell=print)
+        return
+    found = trials.run(layered, plan, out=str(tmp_path / "o"), tell=print)
+    assert [one["method"] for one in found["methods"]] == left
+    assert [one["method"] for one in found["diverged"]] == lost
+    assert "verdict" in found["methods"][1]
+    for lines in (trials.table_lines(found), trials.markdown_lines(found)):
+        assert f"! {lost[0]} diverged at its best rate" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(("seeds", "rows", "verdict"), [(1, 4, "not resolved"), (1, 8, "better"), (5, 4, "better")])
+def test_with_one_seed_a_verdict_needs_an_exact_test_too(
+    seeds: int, rows: int, verdict: str, csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up(monkeypatch, lambda name: np.arange(1_000) >= (0 if name.startswith("full") else rows))
+    plan = trials.Plan(("lora", "full"), seeds=seeds, rates=1, margin=0.001)
+    found = trials.run(small(csv_file, bert), plan, out=str(tmp_path / "o"), tell=print)
+    assert found["methods"][1]["verdict"] == verdict
+
+
+def test_what_is_wrong_with_the_rows_is_told(
+    csv_file: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up(monkeypatch, lambda name: np.arange(9) < 5)
+    told: list[str] = []
+    layered = small(csv_file, bert, data__test=(str(csv_file),))
+    trials.run(layered, trials.Plan(("lora", "full"), seeds=1), out=str(tmp_path / "o"), tell=told.append)
+    assert any(line.startswith("! ") and "stand in the training file too" in line for line in told)
 
 
 def test_another_comparison_is_not_mixed_into_a_folder(

@@ -105,7 +105,8 @@ def test_with_fifty_rows_a_label_names_are_left_out(tmp_path: Path, sentence_ber
     [
         ({}, 0.1),
         ({"lora__layers": "top:1"}, 0.0),
-        ({"runtime__trunk_cache": "on"}, 0.0),
+        ({"lora__layers": "top:2"}, 0.1),
+        ({"lora__target_modules": ("encoder.layer.1.attention.self.query",)}, 0.0),
         ({"base__dropout": 0.3}, 0.3),
         ({"base__dropout": "config"}, "config"),
     ],

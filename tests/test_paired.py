@@ -3,6 +3,7 @@ import pytest
 from scipy.stats import bootstrap
 from sklearn.metrics import f1_score
 
+from trimtab.classification import by_class
 from trimtab.paired import paired, paired_macro_f1, verdict_within
 
 
@@ -29,7 +30,7 @@ def test_mcnemar_is_exact() -> None:
     first = answers("x" * 9 + "." + "x" * 20)
     second = answers("." * 9 + "x" + "x" * 20)
     # 9 against 1: 2 (C(10,0) + C(10,1)) / 2^10, by hand.
-    assert paired(first, second).mcnemar_p == pytest.approx(22 / 1024)
+    assert paired(first, second).p == pytest.approx(22 / 1024)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,41 @@ def test_macro_f1_and_its_interval_are_those_of_drawn_rows() -> None:
     drawn = [difference(rng.integers(300, size=300)) for _ in range(300)]
     assert found.ci95 == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.02)
     assert found.only_first == int(((first == labels) & (second != labels)).sum())
+
+
+def test_macro_f1_counts_the_classes_that_a_side_answers_itself() -> None:
+    labels = np.repeat([0, 1], 50)
+    second = labels.copy()
+    second[0] = 2  # a label of the adapter that no row has
+    found = paired_macro_f1(labels, second, labels, 3)
+    each = [by_class(one, labels, 3).macro_f1 for one in (labels, second)]
+    assert found.difference == pytest.approx(each[0] - each[1])
+    assert found.difference > 0.3
+    assert (found.verdict, found.p) == ("not resolved", 1)  # one row is either's by chance
+
+
+def test_a_verdict_on_macro_f1_does_not_ask_for_accuracy() -> None:
+    labels = np.repeat([0, 1], (950, 50))
+    always, seldom = np.zeros_like(labels), labels.copy()
+    seldom[:40], seldom[-10:] = 1, 0  # 40 of the rare class are found, 40 of the usual one lost
+    assert paired(seldom == labels, always == labels).verdict == "not resolved"
+    assert paired_macro_f1(seldom, always, labels, 2).verdict == "better"
+    assert paired_macro_f1(always, seldom, labels, 2).verdict == "worse"
+
+
+def test_p_of_macro_f1_is_that_of_exchanged_answers() -> None:
+    rng = np.random.default_rng(4)
+    labels = rng.choice(3, 60)
+    first, second = (np.where(rng.random(60) < right, labels, rng.choice(3, 60)) for right in (0.75, 0.5))
+
+    def difference(swap: np.ndarray) -> float:
+        one, other = np.where(swap, second, first), np.where(swap, first, second)
+        return by_class(one, labels, 3).macro_f1 - by_class(other, labels, 3).macro_f1
+
+    drawn = [abs(difference(rng.random(60) < 0.5)) for _ in range(4_000)]
+    wanted = np.mean(np.array(drawn) >= abs(difference(np.zeros(60, np.bool_))))
+    assert 0.005 < wanted < 0.5
+    assert paired_macro_f1(first, second, labels, 3).p == pytest.approx(wanted, abs=0.025)
 
 
 def test_rounding_decides_nothing() -> None:

@@ -39,7 +39,7 @@ def searched(
         patch.setattr(tuning, "_EPOCHS", (1, 3))
         tuning.tune(layered, 2, out=str(folder / "out"), tell=told.append)
         study = optuna.load_study(study_name="trimtab", storage=f"sqlite:///{folder / 'out' / 'study.db'}")
-        tuning._suggest(study.ask(), layered, 1e-3)
+        tuning._suggest(study.ask(), layered, resolve(layered))
         found = tuning.tune(layered, 4, out=str(folder / "out"), tell=told.append)
     return folder / "out", layered, found, told
 
@@ -57,6 +57,19 @@ def test_it_goes_on_where_it_was_stopped(searched: tuple[Path, config.Layered, d
     assert any(t.params == stopped.params for t in study.trials if t.state.name == "COMPLETE")
     best = min if found["metric"] == "loss" else max
     assert found["best"] == best(trial.value for trial in study.trials if trial.value is not None)
+
+
+def test_the_recipe_as_it_is_comes_first(
+    searched: tuple[Path, config.Layered, dict[str, Any], list[str]],
+) -> None:
+    folder, layered, _, told = searched
+    usual = resolve(layered).recipe
+    assert int(usual.train.num_epochs) == 20  # more than are searched where `auto` takes fewer
+    wanted = f"learning_rate {usual.train.learning_rate}, num_epochs 20"
+    assert sum(wanted in line for line in told) == 1
+    assert f"r {usual.lora.r}, target_modules all-linear, {wanted}" in told[1]
+    study = optuna.load_study(study_name="trimtab", storage=f"sqlite:///{folder / 'study.db'}")
+    assert study.trials[0].params["num_epochs"] == 20
 
 
 def test_the_best_recipe_is_that_of_the_best_trial(

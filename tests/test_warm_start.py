@@ -44,6 +44,12 @@ def test_a_long_text_is_cut_as_the_adapter_was_trained_unless_the_recipe_says_ot
     assert resolve(start(file, bert, other.path, data__keep="ends")).recipe.data.keep == "ends"
 
 
+def test_rows_that_the_first_adapter_may_know_are_told(first: training.Run, file: Path, bert: Path) -> None:
+    assert any("never saw (--eval FILE)" in said for said in resolve(start(file, bert, first.path)).warnings)
+    given = start(file, bert, first.path, data__eval=(str(file),))
+    assert not any("never saw (--eval FILE)" in said for said in resolve(given).warnings)
+
+
 def start(file: Path, base: Path, path: Path | str, **settings: Any) -> Layered:
     return small(file, base, lora__init_from=str(path), train__num_epochs=1, **settings)
 

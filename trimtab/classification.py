@@ -141,6 +141,21 @@ def by_class(answers: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], clas
     )
 
 
+def without_known(
+    logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], known: npt.NDArray[np.bool_], names: Sequence[str]
+) -> dict[str, Any]:
+    """How many of n rows are `known`, bool[n], from training, and the headline without them.
+
+    Returns:
+        overlap_rows, and where it is neither none nor all of them clean: eval_rows, accuracy, accuracy_ci95, macro_f1.
+    """
+    found: dict[str, Any] = {"overlap_rows": int(known.sum())}
+    if known.any() and not known.all():
+        scores = metrics(logits[~known], labels[~known], names)
+        found["clean"] = {key: scores[key] for key in ("eval_rows", "accuracy", "accuracy_ci95", "macro_f1")}
+    return found
+
+
 def metrics(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
     """Scores of n rows, logits float32[n, C] against labels int64[n].
 

@@ -35,7 +35,7 @@ def compare(paths: Sequence[str | Path], metric: str = "accuracy") -> dict[str, 
 
     Returns:
         rows, metric, scored_on; runs: for each its name and the scores of `metrics`; against: for each but the first
-        its difference, ci95, verdict, only_first, only_second, mcnemar_p, per_class (difference of f1 and recall for
+        its difference, ci95, verdict, only_first, only_second, p, per_class (difference of f1 and recall for
         each label) and changed: text, label, before, after of the rows that are answered otherwise.
 
     Raises:
@@ -191,7 +191,7 @@ def _against_lines(one: dict[str, Any], first: str, metric: str, shown: int) -> 
         f"{one['name']} against {first}: {one['verdict']}",
         f"  {metric} {one['difference']:+.4f} (95 % interval {low:+.4f} to {high:+.4f})",
         f"  {one['only_first']:,} rows only the new one gets right, {one['only_second']:,} only the old one "
-        f"(McNemar p {one['mcnemar_p']:.3g})",
+        f"({'McNemar' if metric == 'accuracy' else 'exchanging answers:'} p {one['p']:.3g})",
     ]
     classes = sorted(one["per_class"].items(), key=lambda item: -abs(item[1]["f1"]))
     moved = [(label, by) for label, by in classes if by["f1"] or by["recall"]]

@@ -123,7 +123,7 @@ class BaseSettings(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] | Literal["auto", "config"] = Field(
         "auto",
         description="Dropout in the base while training; config: as the model's config says; "
-        "auto: 0.1 with LoRA on all layers and no trunk_cache, else 0.",
+        "auto: 0.1 where LoRA reaches the lowest layer, else 0.",
     )
 
 

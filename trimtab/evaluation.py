@@ -12,13 +12,15 @@ import numpy.typing as npt
 
 from trimtab import adapter, baselines, data, predictions
 from trimtab.build import make_ready
-from trimtab.classification import metrics
+from trimtab.classification import metrics, without_known
 from trimtab.config import RuntimeSettings, load_recipe
+from trimtab.data import Example, reduced
 from trimtab.errors import TrimtabError
 from trimtab.machine import peak_rss_bytes
 from trimtab.predict import load
 from trimtab.resolve import Part, resolve
 from trimtab.rundir import RunDir, adapter_in, locate
+from trimtab.tokens import Encoded
 
 _CHECKED_ROWS = 64
 # Differences of logits that are rounding; where the largest logit is above 1, as a share of it.
@@ -62,7 +64,8 @@ def evaluate(
     Returns:
         The keys of metrics.json: eval_rows, accuracy, accuracy_ci95, macro_f1, per_class, loss and ece (of the scores
         that `predict` gives; of the model's own under `raw_scores`), temperature, majority_accuracy, baselines,
-        rows_cut, rows_skipped, rows_per_s, total_seconds, peak_rss_bytes; baselines_missing, why there are no more.
+        rows_cut, rows_skipped, rows_per_s, total_seconds, peak_rss_bytes; baselines_missing, why there are no more;
+        of a run overlap_rows, whose texts stand in its training file, and clean, the headline without them.
 
     Raises:
         DataError, ArtefactError, BaseModelError: as `load` and the reading of files do.
@@ -76,10 +79,9 @@ def evaluate(
     logits = classifier.logits(encoded)
     seconds = time.monotonic() - begun
     temperature = 1.0 if raw_scores else classifier.adapter.temperature
-    scored = Part(rows.examples, encoded, np.zeros(len(encoded), np.bool_))
     return metrics(logits / np.float32(temperature), encoded.labels, classifier.labels.values) | {
         "temperature": temperature,
-        **_baselines(RunDir(locate(path)), scored, logits, base),
+        **_beside(RunDir(locate(path)), rows.examples, encoded, logits, base),
         "rows_cut": int(encoded.truncated.sum()),
         "rows_skipped": len(rows.rejects),
         "rows_per_s": len(encoded) / max(seconds, 1e-9),
@@ -88,24 +90,31 @@ def evaluate(
     }
 
 
-def _baselines(run: RunDir, scored: Part, logits: npt.NDArray[np.float32], base: str | None) -> dict[str, Any]:
-    """The baselines of a run on other rows than its own; where its training rows are not at hand, why."""
+def _beside(
+    run: RunDir, examples: list[Example], encoded: Encoded, logits: npt.NDArray[np.float32], base: str | None
+) -> dict[str, Any]:
+    """What a run that still has its training rows says beside a score on other rows: those it knows, and baselines."""
     found: dict[str, baselines.Baseline] = {}
     missing, rows = "an adapter alone does not know the rows that it was trained on", 0
+    overlap: dict[str, Any] = {}
     if run.recipe.is_file():
         try:
             layered = load_recipe(str(run.recipe))
-            if not layered.recipe.train.baselines:
-                return {"baselines": baselines.against(logits, scored.encoded.labels, {}, 0)} | {
-                    "baselines_missing": "the recipe leaves them out (train.baselines)"
-                }
-            ready = make_ready(resolve(layered.override({"base.model": base}, "--base") if base else layered))
-            epochs = len(json.loads(run.metrics.read_text("utf-8"))["evaluations"])
-            found = baselines.compute(ready.job, scored, ready.engine.vectors, ready.model, epochs)
-            missing, rows = "", len(ready.job.train.examples)
+            job = resolve(layered.override({"base.model": base}, "--base") if base else layered)
+            its_own = [*job.train.examples, *([] if job.recipe.data.eval else job.eval.examples)]
+            texts = {reduced(example.text) for example in its_own}
+            known = np.array([reduced(example.text) in texts for example in examples], np.bool_)
+            overlap = without_known(logits, encoded.labels, known, job.labels.values)
+            missing = "the recipe leaves them out (train.baselines)"
+            if job.recipe.train.baselines:
+                ready = make_ready(job)
+                epochs = len(json.loads(run.metrics.read_text("utf-8"))["evaluations"])
+                scored = Part(examples, encoded, known)
+                found = baselines.compute(job, scored, ready.engine.vectors, ready.model, epochs)
+                missing, rows = "", len(job.train.examples)
         except (TrimtabError, OSError, ValueError, KeyError, TypeError) as error:
             missing = f"they could not be computed again: {error.what if isinstance(error, TrimtabError) else error}"
-    told = {"baselines": baselines.against(logits, scored.encoded.labels, found, rows)}
+    told = overlap | {"baselines": baselines.against(logits, encoded.labels, found, rows)}
     return told | ({"baselines_missing": missing} if missing else {})
 
 

@@ -335,6 +335,12 @@ def by_layers(model: Any, targets: Sequence[str], head: Sequence[str]) -> tuple[
     return (suffixes, lora.layers) if same else (tuple(targets), "all")
 
 
+def lowest_block(model: Any, targets: Sequence[str], head: Sequence[str]) -> int:
+    """The number of the lowest block with a target in it; 0 where one stands in no block."""
+    found = [_IN_BLOCK.match(name) for name in adapted(model, targets, head)]
+    return min((int(one.group(2)) if one else 0 for one in found), default=0)
+
+
 _IN_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")
 """What stands before the number of a block, the number, and what follows."""
 

@@ -11,6 +11,9 @@ _ROUNDING = 1e-12  # of a mean: an end of an interval that is zero may come out 
 _CHUNK = 500  # draws at a time
 _SEED = 0  # of the draws: the same answers get the same interval
 
+Counts = npt.NDArray[np.int64]
+OneHot = npt.NDArray[np.float64]
+
 
 class Difference(NamedTuple):
     """A score of one set of answers minus that of another, over the same rows."""
@@ -21,16 +24,19 @@ class Difference(NamedTuple):
     only_first: int
     """Rows that the first alone answers rightly."""
     only_second: int
-    mcnemar_p: float
-    """Exact, two-sided: how likely so uneven a split of the rows that one alone gets right would be by chance."""
+    p: float
+    """Two-sided: how likely so large a difference would be, were it chance which of the two gave which answer.
+
+    Of accuracy it is McNemar's exact one, of macro F1 that of drawn exchanges (approximate randomisation, Yeh 2000).
+    """
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or `not resolved` where the interval holds zero or McNemar's p is 0.05 or more.
+        """`better`, `worse`, or `not resolved` where the interval holds zero or p is 0.05 or more.
 
         Where few rows differ, a bootstrap alone is too eager: 4 rows against none leave zero out at p = 0.125.
         """
-        if self.mcnemar_p >= _P:
+        if self.p >= _P:
             return "not resolved"
         return "better" if self.ci95[0] > 0 else "worse" if self.ci95[1] < 0 else "not resolved"
 
@@ -58,30 +64,32 @@ def paired_macro_f1(
 ) -> Difference:
     """As `paired`, for macro F1: answers int64[n] of both, labels int64[n].
 
-    Rows with the same label and the same two answers are one cell, so that a draw is a multinomial one over cells.
-    Classes that neither occur nor are answered do not count.
+    Rows with the same label and the same two answers are one cell, so that a draw is a multinomial one over cells, and
+    exchanging answers at random a binomial one in each. A class that neither occurs nor is answered by the one that is
+    scored does not count for it, as in `by_class`.
     """
     cells, counts = np.unique(np.stack([labels, first, second], axis=1), axis=0, return_counts=True)
-    occurs = np.isin(np.arange(classes), cells)
+    truth, ours, theirs = (np.eye(classes)[column] for column in cells.T)
 
-    def scores(drawn: npt.NDArray[np.int64], answers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Macro F1 float64[d] of draws int64[d, cells]."""
-        truth, told = (np.eye(classes)[column] for column in (cells[:, 0], answers))
-        right = drawn @ (truth * told)
-        whole = drawn @ truth + drawn @ told
+    def macro_f1(kept: Counts, exchanged: Counts, own: OneHot, other: OneHot) -> npt.NDArray[np.float64]:
+        right = kept @ (truth * own) + exchanged @ (truth * other)
+        whole = (kept + exchanged) @ truth + kept @ own + exchanged @ other
         f1 = np.divide(2 * right, whole, out=np.zeros_like(right), where=whole > 0)
-        return np.asarray(f1[:, occurs].mean(axis=1))
+        return np.asarray(f1.sum(axis=1) / (whole > 0).sum(axis=1))
 
-    rng = np.random.default_rng(_SEED)
-    found = np.concatenate(
-        [
-            scores(drawn, cells[:, 1]) - scores(drawn, cells[:, 2])
-            for drawn in (rng.multinomial(len(labels), counts / len(labels), _CHUNK) for _ in range(0, DRAWS, _CHUNK))
-        ]
-    )
-    low, high = np.quantile(found, (0.025, 0.975))
-    difference = float((scores(counts[None], cells[:, 1]) - scores(counts[None], cells[:, 2]))[0])
-    return paired(first == labels, second == labels)._replace(difference=difference, ci95=(float(low), float(high)))
+    def differences(kept: Counts, exchanged: Counts) -> npt.NDArray[np.float64]:
+        """float64[d] of draws int64[d, cells] of rows as they are, and of rows whose two answers are exchanged."""
+        return macro_f1(kept, exchanged, ours, theirs) - macro_f1(kept, exchanged, theirs, ours)
+
+    none, rng, chunks = np.zeros((_CHUNK, len(counts)), np.int64), np.random.default_rng(_SEED), range(DRAWS // _CHUNK)
+    difference = float(differences(counts[None], none[:1])[0])
+    drawn = (rng.multinomial(len(labels), counts / len(labels), _CHUNK) for _ in chunks)
+    low, high = np.quantile(np.concatenate([differences(one, none) for one in drawn]), (0.025, 0.975))
+    exchanged = (rng.binomial(np.tile(counts, (_CHUNK, 1)), 0.5) for _ in chunks)
+    by_chance = np.abs(np.concatenate([differences(counts - one, one) for one in exchanged]))
+    p = (1 + int((by_chance >= abs(difference) - _ROUNDING).sum())) / (1 + DRAWS)
+    by_rows = paired(first == labels, second == labels)
+    return by_rows._replace(difference=difference, ci95=(float(low), float(high)), p=p)
 
 
 def paired_over_seeds(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tuple[float, tuple[float, float]]:
@@ -105,10 +113,16 @@ def mean_over_seeds(values: npt.NDArray[np.float64]) -> tuple[float, tuple[float
     return float(values.mean()), (float(low), float(high))
 
 
-def verdict_within(ci95: tuple[float, float], margin: float) -> str:
-    """`better` or `worse` beside zero, `same within the margin` where the whole interval is, else `not resolved`."""
-    if ci95[0] > _ROUNDING:
+def verdict_within(ci95: tuple[float, float], margin: float, p: float = 0.0) -> str:
+    """`better` or `worse` beside zero, `same within the margin` where the whole interval is, else `not resolved`.
+
+    Args:
+        ci95: The interval of a difference.
+        margin: What does not matter.
+        p: Of `paired`, where one seed leaves the interval to rows alone: from 0.05 on nothing is better or worse.
+    """
+    if p < _P and ci95[0] > _ROUNDING:
         return "better"
-    if ci95[1] < -_ROUNDING:
+    if p < _P and ci95[1] < -_ROUNDING:
         return "worse"
     return "same within the margin" if -margin <= ci95[0] and ci95[1] <= margin else "not resolved"

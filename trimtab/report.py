@@ -81,7 +81,11 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
         f"(temperature {scores.get('temperature', 1.0):.2f})"
     )
     if scores.get("rows_cut"):
-        lines.append(f"{scores['rows_cut']:,} texts were cut: the model did not see their end")
+        lines.append(f"{scores['rows_cut']:,} texts were cut: the model did not see all of them")
+    if scores.get("overlap_rows"):
+        lines.append(
+            f"! {scores['overlap_rows']:,} of these rows stand in the training file too: scores on them are too good"
+        )
     if scores.get("rows_skipped"):
         lines.append(f"{scores['rows_skipped']:,} rows were set aside")
     return lines

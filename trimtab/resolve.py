@@ -31,6 +31,7 @@ from trimtab.model import (
     head_modules,
     load_config,
     longest_input,
+    lowest_block,
     on_layers,
     outside_blocks,
     resolve_targets,
@@ -135,12 +136,12 @@ def resolve(layered: Layered) -> Job:
         layered = with_settings_of(layered, first, base, skeleton, head)
         recipe = layered.recipe
     targets = resolve_targets(skeleton, recipe.lora.target_modules, head)
-    on_layers(skeleton, targets, recipe.lora, head)
+    depth = lowest_block(skeleton, on_layers(skeleton, targets, recipe.lora, head), head)
 
     texts = [example.text for example in parts["train"]]
     limits = [limit for limit in (longest_input(skeleton), tokenizer.limit) if limit]
     limit = min(limits, default=0)
-    found = _settle(recipe, rows["train"], texts, labels, targets, tokenizer, limit, skeleton.config, base)
+    found = _settle(recipe, rows["train"], texts, labels, targets, depth, tokenizer, limit, skeleton.config, base)
     settled = layered.override({key: value for key, (value, _) in found.items()}, {k: o for k, (_, o) in found.items()})
     paths = {f"data.{role}": [file["path"] for file in rows[role].files] for role in rows}
     paths["base.model"] = str(base.folder)  # type: ignore[assignment]
@@ -169,6 +170,11 @@ def resolve(layered: Layered) -> Job:
     _with_tokens(found_rows, rows, as_read)
     warnings = _warnings(rows, texts, tokenizer, as_read["train"].encoded, max_length, recipe.data.keep, parts)
     warnings += preflight.warnings(found_rows)
+    if first and "eval" not in rows:
+        warnings.append(
+            "the adapter to start from may have been trained on rows that choose the epoch here: give some that it "
+            "never saw (--eval FILE), and others for a score to trust (--test FILE)"
+        )
     placement = place(recipe.runtime)
     return Job(
         layered=settled,
@@ -313,6 +319,7 @@ def _settle(
     texts: Sequence[str],
     labels: Labels,
     targets: Sequence[str],
+    depth: int,
     tokenizer: Tokenizer,
     limit: int,
     config: Any,
@@ -347,7 +354,10 @@ def _settle(
         why = f"auto: {len(texts) // len(labels):,} rows a label, the head starts with {start}"
         found["data.label_names"] = (names, why)
     if recipe.base.dropout == "auto":
-        found["base.dropout"] = _base_dropout(recipe)
+        # Lower layers that are kept must say the same in every pass.
+        found["base.dropout"] = (
+            (0.0, "auto: LoRA leaves lower layers out") if depth else (0.1, "auto: LoRA on all layers")
+        )
     rows = len(texts) + (len(labels) if names == "on" else 0)
     steps = math.ceil(rows / (recipe.train.batch_size * recipe.train.gradient_accumulation_steps))
     if recipe.train.num_epochs == "auto":
@@ -385,15 +395,6 @@ def _head_start(recipe: Recipe, base: Base, rows: int, labels: int) -> tuple[str
     return "sentence", f"auto: {rows // labels:,} rows a label, and a base that takes the mean of its tokens"
 
 
-def _base_dropout(recipe: Recipe) -> tuple[float, str]:
-    """Dropout in the base, and why. Lower layers that are kept say the same in every pass: there it would be none."""
-    if recipe.lora.top:
-        return 0.0, "auto: LoRA reaches the top layers alone"
-    if recipe.runtime.trunk_cache == "on":
-        return 0.0, "auto: the lower layers are to be kept"
-    return 0.1, "auto: LoRA reaches all layers"  # half a point for 8 % of the time, docs/evidence.md
-
-
 def _warnings(
     rows: dict[str, Rows],
     texts: Sequence[str],
@@ -412,7 +413,7 @@ def _warnings(
         if file["encoding"].startswith("GB18030"):
             found.append(f"{file['path']} is no UTF-8 and was read as GB18030")
     if data.is_sorted_by_label(rows["train"].examples):
-        found.append("the rows are sorted by label: they are shuffled, and rows are drawn from every class")
+        found.append("the rows are sorted by label: they are shuffled before they are drawn or trained on")
     if script := tokens.foreign_script(texts, tokenizer):
         found.append(script)
     if (cut := float(np.mean(train.truncated))) > 0.01:

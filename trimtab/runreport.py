@@ -135,7 +135,7 @@ def _labels(labels: Labels) -> list[Label]:
 
 def _scored(stored: Stored, metrics: Mapping[str, Any]) -> Scored:
     temperature = (metrics.get("calibration") or {}).get("temperature")
-    # 1 is what too few rows to fit one leave.
+    # 1 changes nothing, and there is no second curve to draw.
     calibrated = softmax(stored.logits / np.float32(temperature)) if temperature not in (None, 1.0) else None
     return Scored(stored.texts, stored.places, stored.truth, softmax(stored.logits), calibrated)
 

@@ -39,7 +39,7 @@ from trimtab import (
     search,
 )
 from trimtab.build import Ready, make_ready, with_trunk
-from trimtab.classification import compute_logits, metrics
+from trimtab.classification import compute_logits, metrics, without_known
 from trimtab.config import MINILM, Layered
 from trimtab.data import Reject
 from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError, TrimtabError, quoted
@@ -495,27 +495,18 @@ def _score(ready: Ready, eval_logits: npt.NDArray[np.float32]) -> tuple[Part, np
     eval_labels = job.eval.encoded.labels
     eval_scores = metrics(eval_logits, eval_labels, job.labels.values)
     if job.test is None:
-        eval_scores |= {"calibration": calibration.judge(eval_logits, eval_labels, None)}
-        return job.eval, eval_logits, eval_scores | {"chosen_on_these_rows": True, **_clean(job, job.eval, eval_logits)}
+        eval_scores |= {"calibration": calibration.judge(eval_logits, eval_labels, None), "chosen_on_these_rows": True}
+        eval_scores |= without_known(eval_logits, eval_labels, job.eval.known, job.labels.values)
+        return job.eval, eval_logits, eval_scores
     logits = compute_logits(forward, job.test.encoded)
     scores = metrics(logits, job.test.encoded.labels, job.labels.values) | {"chosen_on_these_rows": False}
     scores |= {"calibration": calibration.judge(eval_logits, eval_labels, (logits, job.test.encoded.labels))}
-    scores |= _clean(job, job.test, logits)
+    scores |= without_known(logits, job.test.encoded.labels, job.test.known, job.labels.values)
     return (
         job.test,
         logits,
         scores | {f"chosen_on_{key}": eval_scores[key] for key in ("accuracy", "macro_f1", "loss")},
     )
-
-
-def _clean(job: Job, part: Part, logits: npt.NDArray[np.float32]) -> dict[str, Any]:
-    """The headline without the rows whose texts stand in the training file too."""
-    clean = ~part.known
-    found: dict[str, Any] = {"overlap_rows": int(part.known.sum())}
-    if found["overlap_rows"] and clean.any():
-        scores = metrics(logits[clean], part.encoded.labels[clean], job.labels.values)
-        found["clean"] = {key: scores[key] for key in ("eval_rows", "accuracy", "accuracy_ci95", "macro_f1")}
-    return found
 
 
 def _verify_in_fresh_process(run: RunDir) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from trimtab.errors import (
     some,
 )
 from trimtab.machine import available_memory
-from trimtab.paired import mean_over_seeds, paired_over_seeds, verdict_within
+from trimtab.paired import mean_over_seeds, paired, paired_over_seeds, verdict_within
 from trimtab.resolve import Job, resolve
 from trimtab.rundir import RunDir
 
@@ -90,10 +90,12 @@ def run(layered: Layered, plan: Plan, *, out: str | None = None, tell: Callable[
     Returns:
         rows of each role, methods: for each its rate, accuracies, mean, std, ci95, and against the first one
         difference, difference_ci95, verdict; trainable_parameters, adapter_bytes, core_seconds, peak_rss_bytes, the
-        means over its seeds; folder.
+        means over its seeds; diverged: method, rate and seed of those that are not among them; test_rows; folder.
+        The probe has no seed and is fitted once.
 
     Raises:
         TrimtabError: whatever cannot be, before the first step where that can be known.
+        DivergedError: no method came to an end.
         Interrupted: a signal asked to stop; what has finished stays.
     """
     with interrupts.heard():
@@ -112,27 +114,44 @@ def _run(layered: Layered, plan: Plan, out: str | None, tell: Callable[[str], No
 
 def _carry_out_all(folder: Path, layered: Layered, plan: Plan, tell: Callable[[str], None]) -> dict[str, Any]:
     job = resolve(layered)
-    centre = float(job.recipe.train.learning_rate)
+    centre, metric = float(job.recipe.train.learning_rate), job.recipe.train.metric_for_best_model
     assert job.test is not None
     tell(
         f"data    {len(job.train.examples):,} rows to train on, {len(job.eval.examples):,} choose epoch and rate, "
         f"{len(job.test.examples):,} decide"
     )
+    for warning in job.warnings:
+        tell(f"! {warning}")
     first = job.recipe.train.seed
-    trainings = len(plan.methods) * (plan.rates + plan.seeds - 1)
+    trainings = sum(plan.rates + _seeds(method, plan) - 1 for method in plan.methods)
     tell(
         f"plan    {some(plan.methods)}: each at {plan.rates} rates with seed {first}, then with {plan.seeds} seeds at "
         f"its best rate, {trainings} trainings in all"
     )
     tell(f"        in {folder}; the same command with --out {folder} goes on where this one stops")
     done: dict[str, list[Trial]] = {}
+    diverged: list[dict[str, Any]] = []
     for method in plan.methods:
         tried = [Trial(method, rate, first) for rate in _grid(method, centre, plan.rates)]
-        best = max(tried, key=lambda trial: _chosen_by(folder, layered, trial, tell))
-        done[method] = [replace(best, seed=first + i) for i in range(plan.seeds)]
-        for trial in done[method]:
-            _carry_out(folder, layered, trial, tell)
-    found = _compare(folder, done, plan) | {"folder": str(folder)}
+        best = max(tried, key=lambda trial: _chosen_by(folder, layered, trial, metric, tell))
+        chosen = [replace(best, seed=first + i) for i in range(_seeds(method, plan))]
+        for trial in chosen:
+            try:
+                _carry_out(folder, layered, trial, tell)
+            except DivergedError:  # the other methods are compared all the same
+                tell(f"trial   {trial.name}: diverged")
+                diverged.append(asdict(trial))
+                break
+        else:
+            done[method] = chosen
+    if not done:
+        raise DivergedError(
+            "compare.diverged",
+            f"Every method diverged: {some([one['method'] for one in diverged])}.",
+            where=str(folder),
+            mend="a smaller --set train.learning_rate and another --out, or look at the data",
+        )
+    found = _compare(folder, done, plan) | {"diverged": diverged, "folder": str(folder)}
     rundir.write_json(folder / "comparison.json", found)
     durable.replace(folder / "comparison.md", ("\n".join(markdown_lines(found)) + "\n").encode())
     return found
@@ -268,20 +287,30 @@ def _check_methods(layered: Layered, job: Job, plan: Plan) -> None:
             )
 
 
+def _seeds(method: str, plan: Plan) -> int:
+    """With how many seeds a method is trained: the probe has none."""
+    return 1 if method == "head" else plan.seeds
+
+
 def _grid(method: str, centre: float, rates: int) -> list[float]:
     """Equal tuning: as many rates for each, spaced around where its best one is known to be; from low to high."""
     middle, step = (10.0, _CS) if method == "head" else (centre * (_FULL_SHARE if method == "full" else 1), _STEP)
     return [middle * step ** (i - (rates - 1) / 2) for i in range(rates)]
 
 
-def _chosen_by(folder: Path, layered: Layered, trial: Trial, tell: Callable[[str], None]) -> tuple[float, float]:
-    """What chooses a rate: accuracy on the evaluation rows, then their loss; one that diverges comes last."""
+def _chosen_by(
+    folder: Path, layered: Layered, trial: Trial, metric: str, tell: Callable[[str], None]
+) -> tuple[float, float]:
+    """What chooses a rate, as it chooses the epoch: the metric of the evaluation rows, then their loss.
+
+    A trial that diverges comes last.
+    """
     try:
         metrics = _carry_out(folder, layered, trial, tell)
     except DivergedError:
         tell(f"trial   {trial.name}: diverged")
-        return -1.0, -math.inf
-    return metrics["chosen_on_accuracy"], -metrics["chosen_on_loss"]
+        return -math.inf, -math.inf
+    return metrics[f"chosen_on_{metric}"] * (-1 if metric == "loss" else 1), -metrics["chosen_on_loss"]
 
 
 def _carry_out(folder: Path, layered: Layered, trial: Trial, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -412,13 +441,14 @@ def _compare(folder: Path, done: dict[str, list[Trial]], plan: Plan) -> dict[str
                 },
             }
         )
-    first = plan.methods[0]
+    first = next(iter(done))
     for one in methods[1:]:
-        difference, ci95 = paired_over_seeds(right[one["method"]], right[first])
+        ours, theirs = right[one["method"]], right[first]
+        difference, ci95 = paired_over_seeds(ours, theirs)
         one |= {
             "difference": difference,
             "difference_ci95": list(ci95),
-            "verdict": verdict_within(ci95, plan.margin),
+            "verdict": verdict_within(ci95, plan.margin, paired(ours[0], theirs[0]).p if plan.seeds == 1 else 0.0),
         }
     return {"plan": asdict(plan), "test_rows": int(right[first].shape[1]), "methods": methods}
 
@@ -467,7 +497,7 @@ def table_lines(found: dict[str, Any]) -> list[str]:
         )
     if edge := [one["method"] for one in found["methods"] if one["at_edge"]]:
         lines.append(f"! the best rate of {some(edge)} is at an edge of those tried: --rates 5 looks further")
-    return [*lines, f"all of it in {found['folder']}: comparison.json, comparison.md, trials/"]
+    return [*lines, *_diverged_lines(found), f"all of it in {found['folder']}: comparison.json, comparison.md, trials/"]
 
 
 def markdown_lines(found: dict[str, Any]) -> list[str]:
@@ -487,4 +517,11 @@ def markdown_lines(found: dict[str, Any]) -> list[str]:
             f"{against} | {one.get('verdict', '')} | {one['trainable_parameters']:,.0f} | "
             f"{one['adapter_bytes']:,.0f} | {one['core_seconds']:,.0f} | {one['peak_rss_bytes'] / 1e9:.2f} |"
         )
-    return lines
+    return lines + [part for line in _diverged_lines(found) for part in ("", line)]
+
+
+def _diverged_lines(found: dict[str, Any]) -> list[str]:
+    return [
+        f"! {one['method']} diverged at its best rate, {one['rate']:.2g}, with seed {one['seed']}: it is not compared"
+        for one in found["diverged"]
+    ]

@@ -20,7 +20,7 @@ from trimtab.trials import PLAN, train_once
 _RATE_RANGE = 5.0  # below and above the rate that `auto` takes
 _RANKS = (4, 8, 16, 32)
 _TARGETS = ("query-value", "all-linear")
-_EPOCHS = (2, 10)
+_EPOCHS = (2, 10)  # or as many as `auto` settles, where those are more
 _SEED = 0
 _SEARCHED = ("train.learning_rate", "lora.r", "lora.target_modules", "train.num_epochs")
 
@@ -64,12 +64,14 @@ def _search(
     study = _study(optuna, folder, "minimize" if metric == "loss" else "maximize")
     # A sampler that began anew with the same seed would draw its first recipes again.
     study.sampler = optuna.samplers.TPESampler(seed=_SEED + len(study.get_trials(deepcopy=False)))
+    if not study.get_trials(deepcopy=False):  # what it is to be better than
+        study.enqueue_trial(_as_it_is(job))
     for stopped in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
         study.tell(stopped.number, state=states.FAIL)
         study.enqueue_trial(stopped.params)
     while (done := len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))) < trials:
         trial = study.ask()
-        values = _suggest(trial, layered, float(job.recipe.train.learning_rate))
+        values = _suggest(trial, layered, job)
         wanted = layered.override(values | {"data.test": (), "train.baselines": False}, "tune")
         try:
             scores = train_once(RunDir(folder / "trials" / _name(values)), wanted)
@@ -87,7 +89,7 @@ def _search(
             where=str(folder),
             mend="a smaller train.learning_rate to search around, and another --out",
         )
-    best = _suggest(optuna.trial.FixedTrial(study.best_params), layered, float(job.recipe.train.learning_rate))
+    best = _suggest(optuna.trial.FixedTrial(study.best_params), layered, job)
     file = folder / "best.toml"
     durable.replace(file, config.dump(resolve(layered.override(best, "tune")).layered).encode())
     return {
@@ -174,9 +176,21 @@ def _folder(layered: Layered, job: Job, out: str | None) -> Path:
     return folder
 
 
-def _suggest(trial: Any, layered: Layered, centre: float) -> dict[str, object]:
+def _as_it_is(job: Job) -> dict[str, object]:
+    """The recipe that the search starts from, in the words of `_suggest`."""
+    lora, train = job.recipe.lora, job.recipe.train
+    return {
+        "r": lora.r,
+        "target_modules": "all-linear",
+        "learning_rate": train.learning_rate,
+        "num_epochs": train.num_epochs,
+    }
+
+
+def _suggest(trial: Any, layered: Layered, job: Job) -> dict[str, object]:
     """Settings of a trial; lora_alpha follows the rank, so that the scale of B A stays 2."""
     wanted, values = _open_settings(layered), dict[str, object]()
+    centre, epochs = float(job.recipe.train.learning_rate), int(job.recipe.train.num_epochs)
     if "lora.r" in wanted:
         rank = trial.suggest_categorical("r", _RANKS)
         values |= {"lora.r": rank, "lora.lora_alpha": 2 * rank}
@@ -186,7 +200,7 @@ def _suggest(trial: Any, layered: Layered, centre: float) -> dict[str, object]:
         rate = trial.suggest_float("learning_rate", centre / _RATE_RANGE, centre * _RATE_RANGE, log=True)
         values["train.learning_rate"] = float(f"{rate:.3g}")
     if "train.num_epochs" in wanted:
-        values["train.num_epochs"] = trial.suggest_int("num_epochs", *_EPOCHS)
+        values["train.num_epochs"] = trial.suggest_int("num_epochs", _EPOCHS[0], max(_EPOCHS[1], epochs))
     return values
 
 
