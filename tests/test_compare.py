@@ -129,6 +129,7 @@ def test_damaged_answers_are_an_error_of_ours(runs: list[Path], tmp_path: Path) 
 # -- methods over seeds -----------------------------------------------------------------------------------------
 
 METHODS = ("lora", "head", "full")
+METRICS = ("accuracy", "macro_f1", "loss")
 
 
 def in_this_process(command: Sequence[str], log: Path) -> int:
@@ -236,7 +237,7 @@ def made_up(
             raise DivergedError("trial.failed", "it diverged")
         place.path.mkdir(parents=True)
         costs = dict.fromkeys(("trainable_parameters", "adapter_bytes", "core_seconds", "peak_rss_bytes"), 1)
-        scores = dict.fromkeys(("chosen_on_accuracy", "chosen_on_loss", "macro_f1", "accuracy"), 0.5)
+        scores = dict.fromkeys((*(f"chosen_on_{key}" for key in METRICS), "macro_f1", "accuracy"), 0.5)
         place.metrics.write_text(json.dumps({**costs, **scores, "per_class": {}}), "utf-8")
         return trials._metrics(place)
 
@@ -373,18 +374,23 @@ def test_rows_that_are_kept_for_the_test_keep_the_names_of_their_columns(tmp_pat
     assert len(resolve(split).eval.examples) == 20
 
 
-def test_a_rate_that_diverges_is_chosen_last(
-    tmp_path: Path, csv_file: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", 0.2), ("macro_f1", 0.1), ("loss", 0.3)])
+def test_a_rate_is_chosen_by_the_metric_of_the_recipe_and_one_that_diverges_last(
+    metric: str, best: float, tmp_path: Path, csv_file: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    scores = {0.1: (0.7, 0.6, 3.0), 0.2: (0.8, 0.5, 2.0), 0.3: (0.0, 0.0, 1.0)}
+
     def carry_out(folder: Path, layered: Any, trial: trials.Trial, tell: Any) -> dict[str, Any]:
-        if trial.rate == 1.0:
+        if trial.rate not in scores:
             raise DivergedError("trial.failed", "it diverged")
-        return {"chosen_on_accuracy": 0.1, "chosen_on_loss": 9.0}
+        keys = ("chosen_on_accuracy", "chosen_on_macro_f1", "chosen_on_loss")
+        return dict(zip(keys, scores[trial.rate], strict=True))
 
     monkeypatch.setattr(trials, "_carry_out", carry_out)
-    tried = [trials.Trial("lora", rate, 42) for rate in (0.1, 1.0)]
-    chosen = [trials._chosen_by(tmp_path, small(csv_file, bert), trial, print) for trial in tried]
-    assert max(chosen) == chosen[0]
+    tried = [trials.Trial("lora", rate, 42) for rate in (0.1, 0.2, 0.3, 1.0)]
+    chosen = [trials._chosen_by(tmp_path, small(csv_file, bert), trial, metric, print) for trial in tried]
+    assert tried[chosen.index(max(chosen))].rate == best
+    assert min(chosen) == chosen[-1]
 
 
 def test_a_folder_of_trials_is_no_run(compared: tuple[Path, dict[str, Any]]) -> None:
