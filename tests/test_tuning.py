@@ -70,6 +70,7 @@ def test_the_recipe_as_it_is_comes_first(
     assert f"r {usual.lora.r}, target_modules all-linear, {wanted}" in told[1]
     study = optuna.load_study(study_name="trimtab", storage=f"sqlite:///{folder / 'study.db'}")
     assert study.trials[0].params["num_epochs"] == 20
+    assert study.trials[-1].distributions["num_epochs"].high == 20
 
 
 def test_the_best_recipe_is_that_of_the_best_trial(
