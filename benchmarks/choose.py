@@ -4,9 +4,12 @@
 
 Trains a task of evidence.py, or one of its pools with another number of rows such as `rotten-5000`, as it is and with
 each argument's settings, such as `base.dropout=0.2`, and asks for rows of the pool that the seed does not train on: a
-sealed row chooses no default. What has finished stands in benchmarks/results/choices.json, each trial with the settings
-that it was asked for, its commit and its processor's kind; a second call goes on from there, and trains again what a
-changed recipe makes another run (a changed rule for an `auto` is not seen). Needs the extra `demo`.
+sealed row chooses no default.
+
+What has finished stands in benchmarks/results/choices.json, each trial under what it sets beside today's default, with
+its commit and its processor's kind; a second call goes on from there, and trains again what a changed recipe makes
+another run. A changed rule for an `auto` is not seen: put its trials under the settings that they had, and take their
+runs out. Needs the extra `demo`.
 """
 
 import argparse
