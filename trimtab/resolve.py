@@ -44,7 +44,7 @@ _FEW_ROWS = 100  # one row is a point of accuracy then
 # A label, from which on the first token learns by itself: at 450 sentence vectors brought nothing, at 10 three points.
 _MANY_ROWS = 200
 _FEW_A_LABEL = 50  # below, label names are rows too: worth a point at 10; between 10 and 450 nothing was measured
-# From here on twice the rate: with base dropout worth half a point at 77 labels of 90 rows, nothing at 9 rows or 2 labels.
+# From here on twice the rate: with base dropout half a point at 77 labels of 90 rows, nothing at 9 rows or 2 labels.
 _MANY_LABELS = 20
 _MOST_TOKENS = 256  # of `auto`: twice the length costs over twice the time, and 256 is what MiniLM was trained with
 
