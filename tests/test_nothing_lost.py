@@ -32,7 +32,7 @@ from trimtab.loop import Observer
 
 pytestmark = pytest.mark.usefixtures("quick_module", "signals_as_in_a_terminal")
 
-OFTEN = {"train__save_every_s": 1e-9, "train__num_epochs": 3}  # a checkpoint after every step
+OFTEN = {"train__save_every_s": 1e-9, "train__num_epochs": 3, "train__refit": "on"}  # a checkpoint after every step
 
 
 def in_child(work: Callable[[], Any]) -> int:

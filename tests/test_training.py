@@ -25,6 +25,7 @@ from trimtab.resolve import resolve
 
 def small(csv_file: Path, base: Path, **settings: Any) -> Layered:
     values = {"train.num_epochs": 2, "train.learning_rate": 5e-3, "base.dropout": 0.1, "lora.lora_dropout": 0.1}
+    values |= {"train.refit": "off"}  # its tests: test_refit.py
     values |= {key.replace("__", "."): value for key, value in settings.items()}
     return config.assemble(flags={"data.train": (str(csv_file),), "base.model": str(base)}).override(values, "test")
 

@@ -195,6 +195,11 @@ class TrainSettings(Section):
         description="How a new head begins: at random; as a linear probe of the base; as one after LoRA learned the "
         "base's sentence vectors. auto: sentence for a base that takes the mean of its tokens, below 200 rows a label.",
     )
+    refit: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Train once more on all rows, those kept for evaluation too, for as many epochs as were best; "
+        "auto: below 2,000 rows, where LoRA is on all layers.",
+    )
     baselines: bool = Field(True, description="Judge counted words and the untrained base on the same rows.")
     group_by_length: bool = Field(True, description="Put texts of similar length into a batch.")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two log lines.")

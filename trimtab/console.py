@@ -79,17 +79,16 @@ def _progress_text(event: Mapping[str, Any]) -> str:
     )
 
 
+_WITH_TEXT = {"warning": "! ", "head": "head    ", "search": "search  "}
+
+
 def event_lines(event: Mapping[str, Any]) -> list[str]:
     """The lines that an event is worth on paper."""
     kind = event["event"]
     if kind == "start":
         return _start_lines(event)
-    if kind == "warning":
-        return [f"! {event['text']}"]
-    if kind == "head":
-        return [f"head    {event['text']}"]
-    if kind == "search":
-        return [f"search  {event['text']}"]
+    if kind in _WITH_TEXT:
+        return [f"{_WITH_TEXT[kind]}{event['text']}"]
     if kind == "trunk":
         return [_trunk_line(event)]
     if kind == "resume":
@@ -104,6 +103,11 @@ def event_lines(event: Mapping[str, Any]) -> list[str]:
         return [
             f"step    {event['step']:,}/{event['steps']:,}  loss {event['loss']:.4f}  "
             f"learning rate {event['learning_rate']:.2e}  {event['tokens_per_s']:,.0f} tokens/s"
+        ]
+    if kind == "refit":
+        return [
+            f"refit   once more from the start, {event['epochs']} epochs on all {event['rows']:,} rows, those kept for "
+            "evaluation too"
         ]
     if kind == "eval":
         return [
@@ -176,10 +180,18 @@ def _cost_lines(event: Mapping[str, Any]) -> list[str]:
         chosen = ", ".join(f"{key} = {value}" for key, value in event["budget"].items())
         lines.append(f"budget  {chosen}")
     if found := event["estimate"]:
+        parts = [
+            f"{name} {duration(found[key])}"
+            for key, name in (
+                ("trunk_seconds", "the lower layers"),
+                ("head_start_seconds", "the head's start"),
+                ("refit_seconds", "once more on all rows"),
+            )
+            if found[key]
+        ]
         lines.append(
             f"        about {duration(found['trunk_seconds'] + found['train_seconds'])} of training "
-            + (f"(the lower layers {duration(found['trunk_seconds'])}) " if found["trunk_seconds"] else "")
-            + (f"(the head's start {duration(found['head_start_seconds'])}) " if found["head_start_seconds"] else "")
+            + (f"({', '.join(parts)}) " if parts else "")
             + f"and {found['peak_bytes'] / 1e9:.1f} GB of "
             f"memory ({found['available_bytes'] / 1e9:.1f} GB are free)"
         )
@@ -189,6 +201,8 @@ def _cost_lines(event: Mapping[str, Any]) -> list[str]:
 def _end_lines(event: Mapping[str, Any]) -> list[str]:
     scores = event["metrics"]
     where = "test rows, seen once" if scores["scored_on"] == "test" else "evaluation rows, which also chose the epoch"
+    if scores["refit_rows"] and scores["scored_on"] == "eval":
+        where += ", before it was trained once more on these too"
     return [
         f"done    {score_line(scores)}",
         *(f"        {line}" for line in verdict_lines(scores)),

@@ -84,11 +84,14 @@ class Estimate:
     probe_rows: int = 0
     sentence_seconds: float = 0.0
     """Before the probe: LoRA learns sentence vectors."""
+    refit_seconds: float = 0.0
+    """After the last evaluation: the start of the head and all epochs once more, on all rows."""
 
     @property
     def train_seconds(self) -> float:
-        """From the start of the head to the last evaluation, as `train_seconds` of a finished run."""
-        return self.sentence_seconds + self.probe_seconds + self.epochs * (self.epoch_seconds + self.eval_seconds)
+        """From the start of the head to the last step or evaluation, as `train_seconds` of a finished run."""
+        judged = self.epochs * (self.epoch_seconds + self.eval_seconds)
+        return self.sentence_seconds + self.probe_seconds + judged + self.refit_seconds
 
     def as_dict(self) -> dict[str, Any]:
         """For events and programs."""
@@ -99,6 +102,7 @@ class Estimate:
             "test_seconds": round(self.test_seconds, 1),
             "trunk_seconds": round(self.trunk_seconds, 1),
             "head_start_seconds": round(self.sentence_seconds + self.probe_seconds, 1),
+            "refit_seconds": round(self.refit_seconds, 1),
             "epochs": self.epochs,
             "steps": self.steps,
             "peak_bytes": self.peak_bytes,

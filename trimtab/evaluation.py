@@ -13,7 +13,7 @@ import numpy.typing as npt
 from trimtab import adapter, baselines, data, predictions
 from trimtab.build import make_ready
 from trimtab.classification import metrics, without_known
-from trimtab.config import RuntimeSettings, load_recipe
+from trimtab.config import Recipe, RuntimeSettings, load_recipe
 from trimtab.data import Example, reduced
 from trimtab.errors import TrimtabError
 from trimtab.machine import peak_rss_bytes
@@ -110,8 +110,8 @@ def _beside(
                 ready = make_ready(job)
                 epochs = len(json.loads(run.metrics.read_text("utf-8"))["evaluations"])
                 scored = Part(examples, encoded, known)
-                found = baselines.compute(job, scored, ready.engine.vectors, ready.model, epochs)
-                missing, rows = "", len(job.train.examples)
+                found = baselines.compute(job.final, scored, ready.engine.vectors, ready.model, epochs)
+                missing, rows = "", len(job.final.train.examples)
         except (TrimtabError, OSError, ValueError, KeyError, TypeError) as error:
             missing = f"they could not be computed again: {error.what if isinstance(error, TrimtabError) else error}"
     told = overlap | {"baselines": baselines.against(logits, encoded.labels, found, rows)}
@@ -121,20 +121,22 @@ def _beside(
 def verify(path: str | Path, *, base: str | None = None) -> Verification:
     """Computes stored logits again: those of the probe sentences, and of a run's first 64 predictions.
 
+    Where the adapter was trained once more on all rows, predictions of the rows kept for evaluation are not its own.
     A run is checked with its own `runtime` settings; what was computed in float32, in float32 on every processor.
 
     Raises:
         ArtefactError, BaseModelError: as `load` does.
     """
     run = RunDir(locate(path))
-    runtime = load_recipe(str(run.recipe)).recipe.runtime if run.recipe.is_file() else RuntimeSettings()
+    recipe = load_recipe(str(run.recipe)).recipe if run.recipe.is_file() else Recipe()
+    runtime, said_by_adapter = recipe.runtime, recipe.train.refit != "on" or bool(recipe.data.test)
     if runtime.dtype == "auto" and adapter.read(adapter_in(path)).computed_in == "float32":
         runtime = runtime.model_copy(update={"dtype": "float32"})
     classifier = load(path, base=base, runtime=runtime)
     texts = [text for text, _ in classifier.adapter.probes]
     stored = np.array([logits for _, logits in classifier.adapter.probes], np.float32)
     again = [classifier.logits(classifier.encode(texts))]
-    if run.predictions.is_file():
+    if said_by_adapter and run.predictions.is_file():
         said = predictions.read(run.predictions, classifier.labels, _CHECKED_ROWS)
         stored = np.concatenate([stored, said.logits])
         again.append(classifier.logits(classifier.encode(said.texts)))

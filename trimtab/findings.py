@@ -93,6 +93,8 @@ class Headline:
     macro_f1: float
     loss: float
     epoch: int
+    refit_rows: int = 0
+    """That the adapter was trained on once more in the end, those kept for evaluation among them; 0: it was not."""
     clean_rows: int = 0
     """Rows whose texts stand in no training file, where others do; 0: all or none of them."""
     clean_accuracy: float = 0.0
@@ -405,6 +407,7 @@ def _headline(metrics: Mapping[str, Any]) -> Headline:
         macro_f1=metrics["macro_f1"],
         loss=metrics["loss"],
         epoch=metrics["epoch"],
+        refit_rows=metrics.get("refit_rows", 0),
         clean_rows=clean.get("eval_rows", 0),
         clean_accuracy=clean.get("accuracy", 0.0),
     )

@@ -82,10 +82,16 @@ class _Loop:
     observe: Observer
     weights: torch.Tensor | None
     """Of the classes, float32[C]; None: every row counts alike."""
+    checkpoints: Path
     first_step: int
     """Steps that earlier processes have done."""
+    epochs: int
+    """That it goes through at most; the schedule is always that of all epochs."""
     epoch_tokens: int
     eval_tokens: int
+    """0: no epoch is judged."""
+    tokens_after: int
+    """Of the training on all rows that follows."""
 
     @property
     def settings(self) -> TrainSettings:
@@ -93,7 +99,7 @@ class _Loop:
 
     @property
     def total_steps(self) -> int:
-        return self.job.steps_per_epoch * int(self.settings.num_epochs)
+        return self.job.steps_per_epoch * self.epochs
 
 
 class _Saver:
@@ -130,7 +136,7 @@ class _Saver:
         )
         tensors = _state_tensors(loop.parameters, loop.optimizer)
         tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
-        folder = loop.run.checkpoints
+        folder = loop.checkpoints
         path = checkpoint.write(folder, progress.step, tensors, asdict(progress), evaluated=evaluated)
         self.saved_step = progress.step
         loop.tell("checkpoint", step=progress.step, path=path.name)
@@ -163,25 +169,7 @@ def run_loop(
         Interrupted: a signal asked to stop; what had been done is saved.
     """
     settings = job.recipe.train
-    parameters = trainable(model)
-    optimizer = make_optimizer(parameters, settings)
-    progress, best = _load_newest(run, parameters, optimizer, tell)
-    weights = None
-    if settings.class_weights == "auto":
-        weights = class_weights(job.train.encoded.labels, len(job.labels)).to(job.placement.device)
-    loop = _Loop(
-        run=run,
-        job=job,
-        forward=forward,
-        parameters=parameters,
-        optimizer=optimizer,
-        tell=tell,
-        observe=observe,
-        weights=weights,
-        first_step=progress.step,
-        epoch_tokens=int(job.train.encoded.lengths.sum()),
-        eval_tokens=int(job.eval.encoded.lengths.sum()),
-    )
+    loop, progress, best = _begin(run, run.checkpoints, job, model, forward, tell, observe, int(settings.num_epochs))
     saver = _Saver(loop, progress)
     if progress.step == 0:
         start()
@@ -193,7 +181,7 @@ def run_loop(
             saver.save_what_is_new(progress, best)
             raise
         if progress.best_step == progress.step:
-            best = {f"parameter/{name}": tensor.detach().cpu().clone() for name, tensor in parameters.items()}
+            best = {f"parameter/{name}": tensor.detach().cpu().clone() for name, tensor in loop.parameters.items()}
             best["eval_logits"] = torch.from_numpy(logits)
         progress = saver.save(replace(progress, epoch=progress.epoch + 1, batch=0), best, evaluated=True)
     if progress.epoch < int(settings.num_epochs):
@@ -206,6 +194,73 @@ def run_loop(
     return progress, best
 
 
+def refit(
+    run: RunDir,
+    job: Job,
+    model: Any,
+    forward: Forward,
+    tell: Callable[..., None],
+    observe: Observer,
+    start: Callable[[], object],
+    epochs: int,
+) -> Progress:
+    """Trains for so many epochs of the same schedule, from the newest checkpoint of `refit` or the start; judges none.
+
+    Raises:
+        DivergedError, ArtefactError, Interrupted: as `run_loop`.
+    """
+
+    def tell_refit(event: str, **values: Any) -> None:
+        tell(event, **values, refit=True)
+
+    loop, progress, _ = _begin(run, run.refit_checkpoints, job, model, forward, tell_refit, observe, epochs)
+    loop = replace(loop, eval_tokens=0)
+    saver = _Saver(loop, progress)
+    if progress.step == 0:
+        start()
+    while progress.epoch < epochs:
+        progress = _train_epoch(loop, progress, {}, saver)
+        progress = saver.save(replace(progress, epoch=progress.epoch + 1, batch=0), {}, evaluated=False)
+    return progress
+
+
+def _begin(
+    run: RunDir,
+    checkpoints: Path,
+    job: Job,
+    model: Any,
+    forward: Forward,
+    tell: Callable[..., None],
+    observe: Observer,
+    epochs: int,
+) -> tuple[_Loop, Progress, dict[str, torch.Tensor]]:
+    """What a training needs, where it stands, and the best epoch's tensors so far."""
+    settings = job.recipe.train
+    parameters = trainable(model)
+    optimizer = make_optimizer(parameters, settings)
+    progress, best = _load_newest(run, checkpoints, parameters, optimizer, tell)
+    weights = None
+    if settings.class_weights == "auto":
+        weights = class_weights(job.train.encoded.labels, len(job.labels)).to(job.placement.device)
+    loop = _Loop(
+        run=run,
+        job=job,
+        forward=forward,
+        parameters=parameters,
+        optimizer=optimizer,
+        tell=tell,
+        observe=observe,
+        weights=weights,
+        checkpoints=checkpoints,
+        first_step=progress.step,
+        epochs=epochs,
+        epoch_tokens=int(job.train.encoded.lengths.sum()),
+        eval_tokens=int(job.eval.encoded.lengths.sum()),
+        tokens_after=epochs * int(job.all_rows.encoded.lengths.sum()) if job.all_rows else 0,
+    )
+    return loop, progress, best
+
+
 def _train_epoch(loop: _Loop, progress: Progress, best: Mapping[str, torch.Tensor], saver: _Saver) -> Progress:
     """The rest of an epoch, step by step."""
     settings = loop.settings
@@ -213,7 +268,8 @@ def _train_epoch(loop: _Loop, progress: Progress, best: Mapping[str, torch.Tenso
     while progress.batch < len(batches):
         group = batches[progress.batch : progress.batch + settings.gradient_accumulation_steps]
         began = time.monotonic()
-        rate = float(settings.learning_rate) * schedule(progress.step, loop.total_steps, settings.warmup_ratio)
+        scheduled = loop.job.steps_per_epoch * int(settings.num_epochs)
+        rate = float(settings.learning_rate) * schedule(progress.step, scheduled, settings.warmup_ratio)
         try:
             done = _step(loop, group, rate, progress.epoch * len(batches) + progress.batch)
         except interrupts.Interrupted:
@@ -247,10 +303,10 @@ def _tell_step(loop: _Loop, progress: Progress, done: "Step", rate: float, epoch
     remaining = estimate.remaining_seconds(
         step_seconds=progress.step_seconds,
         tokens=progress.tokens,
-        tokens_left=loop.epoch_tokens * int(settings.num_epochs) - progress.tokens,
+        tokens_left=loop.epoch_tokens * loop.epochs - progress.tokens + loop.tokens_after,
         eval_seconds=progress.eval_seconds,
         evals=evaluations,
-        evals_left=int(settings.num_epochs) - evaluations,
+        evals_left=loop.epochs - evaluations,
         eval_tokens=loop.eval_tokens,
     )
     loop.observe(
@@ -455,12 +511,13 @@ def _state_tensors(
 
 def _load_newest(
     run: RunDir,
+    checkpoints: Path,
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.AdamW,
     tell: Callable[..., None],
 ) -> tuple[Progress, dict[str, torch.Tensor]]:
     """Where the newest whole checkpoint stands, its tensors put in place; and the best epoch's tensors so far."""
-    found, skipped = checkpoint.newest(run.checkpoints)
+    found, skipped = checkpoint.newest(checkpoints)
     for reason in skipped:
         tell("warning", text=f"a checkpoint was passed over and set aside: {reason}")
     recipe = run.recipe.read_text("utf-8")

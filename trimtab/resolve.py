@@ -9,8 +9,9 @@ Nothing is written and no weight is read here, so whatever is wrong is found in 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ _MANY_ROWS = 200
 _FEW_A_LABEL = 50  # below, label names are rows too: worth a point at 10; between 10 and 450 nothing was measured
 # From here on twice the rate: with base dropout half a point at 77 labels of 90 rows, nothing at 9 rows or 2 labels.
 _MANY_LABELS = 20
+# Rows, from which on the tenth that is kept brings little and learning twice takes minutes.
+_MANY_FOR_REFIT = 2_000
 _MOST_TOKENS = 256  # of `auto`: twice the length costs over twice the time, and 256 is what MiniLM was trained with
 
 
@@ -84,6 +87,8 @@ class Job:
     train: Part
     eval: Part
     test: Part | None
+    all_rows: Part | None
+    """With `train.refit`, what `train` and `eval` hold together; else None."""
     rejects: list[data.Reject]
     data_report: dict[str, Any]
     warnings: list[str]
@@ -93,6 +98,11 @@ class Job:
     def recipe(self) -> Recipe:
         """The resolved recipe."""
         return self.layered.recipe
+
+    @property
+    def final(self) -> "Job":
+        """The job whose training rows the adapter learns from in the end: with `train.refit`, all of them."""
+        return replace(self, train=self.all_rows, all_rows=None) if self.all_rows else self
 
     def batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """The batches of an epoch, as row numbers of `train`."""
@@ -160,11 +170,16 @@ def resolve(layered: Layered) -> Job:
 
     known = preflight.known_rows(rows, parts)
     as_read = {role: encoded(examples, known[role]) for role, examples in parts.items()}
-    train, named = as_read["train"], []
+    named: list[Example] = []
     if settled.recipe.data.label_names == "on":
         everything = (example.text for part in rows.values() for example in part.examples)
         named = labelnames.rows(labels, everything, tokenizer)
-        train = encoded([*train.examples, *named], np.zeros(len(train.examples) + len(named), np.bool_))
+
+    def to_train_on(*some_parts: list[Example]) -> Part:
+        examples = [*chain.from_iterable(some_parts), *named]
+        return encoded(examples, np.zeros(len(examples), np.bool_))
+
+    refit = settled.recipe.train.refit == "on"
     found_rows = preflight.report(rows, parts, known, labels.values)
     found_rows["train"]["label_names"] = len(named)
     _with_tokens(found_rows, rows, as_read)
@@ -187,9 +202,10 @@ def resolve(layered: Layered) -> Job:
         model_config=described(dropout=settled.recipe.base.dropout),
         tokenizer=tokenizer,
         labels=labels,
-        train=train,
+        train=to_train_on(parts["train"]) if named else as_read["train"],
         eval=as_read["eval"],
         test=as_read.get("test"),
+        all_rows=to_train_on(parts["train"], parts["eval"]) if refit else None,
         rejects=[reject for part in rows.values() for reject in part.rejects],
         data_report={"labels": list(labels.values), "warnings": warnings, **found_rows},
         warnings=[*warnings, *filter(None, [placement.throttled])],
@@ -203,6 +219,14 @@ def _read(recipe: Recipe) -> dict[str, Rows]:
     if not settings.train:
         raise RecipeError(
             "data.train", "No training file is named.", mend="trimtab train FILE, or data.train in the recipe"
+        )
+    if settings.eval and recipe.train.refit == "on":
+        raise RecipeError(
+            "train.refit",
+            "Training once more takes in the training rows that are kept for evaluation; with evaluation files none "
+            "are.",
+            where=f"train.refit = on, data.eval = {settings.eval[0]}",
+            mend="--set train.refit=auto; or leave --eval out",
         )
     skip = settings.bad_rows == "skip"
     rows = {"train": data.read_rows(settings.train, text=settings.text, label=settings.label, skip_bad=skip)}
@@ -365,6 +389,7 @@ def _settle(
             min(_MOST_EPOCHS, max(3, math.ceil(_FEWEST_STEPS / steps))),
             f"auto: {steps:,} steps an epoch",
         )
+    found |= _refit(recipe, len(texts), depth)
     width = int(getattr(config, "hidden_size", 0) or getattr(config, "dim", 0) or 768)
     if recipe.train.learning_rate == "auto":
         rate = 1e-3 if width < 768 else 5e-4 if width < 1024 else 3e-4
@@ -378,6 +403,21 @@ def _settle(
             f"auto: largest class {ratio:.1f} times the smallest",
         )
     return found
+
+
+def _refit(recipe: Recipe, rows: int, depth: int) -> dict[str, tuple[object, str]]:
+    """Whether the adapter is trained once more on all rows, and why; nothing where the recipe says it."""
+    if recipe.train.refit != "auto":
+        return {}
+    against = {
+        "no training rows are kept for evaluation": bool(recipe.data.eval),
+        "data.limit_train says how many rows train": recipe.data.limit_train > 0,
+        "LoRA leaves lower layers out": depth > 0,
+    }
+    for why, stands in against.items():
+        if stands:
+            return {"train.refit": ("off", f"auto: {why}")}
+    return {"train.refit": ("on" if rows < _MANY_FOR_REFIT else "off", f"auto: {rows:,} rows")}
 
 
 def _head_start(recipe: Recipe, base: Base, rows: int, labels: int) -> tuple[str, str]:

@@ -77,6 +77,11 @@ class RunDir:
         """Resumable steps."""
         return self.path / "checkpoints"
 
+    @property
+    def refit_checkpoints(self) -> Path:
+        """Those of the second training, on all rows."""
+        return self.checkpoints / "refit"
+
     def append(self, event: Mapping[str, Any]) -> None:
         """Adds one line to the event stream; behind half a line, of a process that was killed, a line of its own."""
         line = (json.dumps(event, ensure_ascii=False) + "\n").encode()

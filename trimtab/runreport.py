@@ -157,7 +157,7 @@ def _events(run: RunDir) -> dict[str, Any]:
     for line in lines:
         try:
             event = json.loads(line)
-            if event["event"] == "step":
+            if event["event"] == "step" and not event.get("refit"):
                 steps[event["step"]] = StepLoss(event["step"], event["epoch"], event["loss"])
             elif event["event"] == "start":
                 found.setdefault("start", event)

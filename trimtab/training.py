@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,7 +46,7 @@ from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError,
 from trimtab.estimate import Estimate
 from trimtab.headstart import start_head, work_ahead
 from trimtab.hub import find_base
-from trimtab.loop import Observer, run_loop
+from trimtab.loop import Observer, Progress, refit, run_loop
 from trimtab.machine import peak_rss_bytes
 from trimtab.model import count, head_modules, load_base, load_config, on_layers, resolve_targets, trainable
 from trimtab.resolve import Job, Part, adapter_to_start_from, resolve, with_settings_of
@@ -188,6 +188,7 @@ def _resume(path: str | Path, observe: Observer) -> Run:
         ready = with_trunk(_ready_again(run), observe)
         with interrupts.postponed():
             checkpoint.sweep(run.checkpoints)
+            checkpoint.sweep(run.refit_checkpoints)
             for draft in run.path.glob(".adapter-*"):  # of a process that was killed
                 shutil.rmtree(draft, ignore_errors=True)
             warnings = [*ready.job.warnings, *_changes_of_environment(run, ready)]
@@ -270,10 +271,13 @@ def plan(layered: Layered, budget: str = "") -> Planned:
     speed = estimate.measure(ready.job, ready.model, ready.engine, ready.trunk)
     found = _estimate(ready, speed)
     values = _to_fit(seconds, ready, found)
-    if values and ready.job.recipe.data.label_names == "on":  # they would come on top of the rows that fit
-        ready = _with(ready, {"data.label_names": "off"}, f"--budget {budget}")
-        found = _estimate(ready, speed)
-        values = _to_fit(seconds, ready, found)
+    # A second training comes before any row in what is left out; names of labels, on top of the rows that fit.
+    for key, without in (("train.refit", "off"), ("data.label_names", "off")):
+        section, _, name = key.partition(".")
+        if values and getattr(getattr(ready.job.recipe, section), name) == "on":
+            ready = _with(ready, {key: without}, f"--budget {budget}")
+            found = _estimate(ready, speed)
+            values = _to_fit(seconds, ready, found)
     if values:
         ready = _with(ready, values, f"--budget {budget}")
         found = _estimate(ready, speed)
@@ -291,7 +295,18 @@ def _with(ready: Ready, values: Mapping[str, object], origin: str) -> Ready:
 
 
 def _estimate(ready: Ready, speed: estimate.Speed) -> Estimate:
-    return estimate.estimate(ready.job, ready.model, ready.engine, ready.trunk, work_ahead(ready), speed)
+    found = estimate.estimate(ready.job, ready.model, ready.engine, ready.trunk, work_ahead(ready), speed)
+    if not ready.job.all_rows:
+        return found
+    again = replace(ready, job=ready.job.final)
+    every_layer = replace(
+        speed,
+        train_seconds=speed.train_seconds + speed.trunk_seconds,
+        eval_seconds=speed.eval_seconds + speed.trunk_seconds,
+        trunk_seconds=0.0,
+    )
+    second = estimate.estimate(again.job, ready.model, ready.engine, ready.trunk, work_ahead(again), every_layer)
+    return replace(found, refit_seconds=second.train_seconds - second.epochs * second.eval_seconds)
 
 
 def _chosen_by_budget(job: Job) -> dict[str, Any]:
@@ -394,28 +409,35 @@ def _run(
     for warning in warnings:
         tell("warning", text=warning)
 
-    def start() -> None:
-        start_head(ready, lambda line: tell("head", text=line))
-
-    progress, best = run_loop(run, job, model, ready.forward, tell, observe, start)
+    untrained = {f"parameter/{name}": tensor.detach().clone() for name, tensor in trainable(model).items()}
+    progress, best = run_loop(
+        run, job, model, ready.forward, tell, observe, lambda: start_head(ready, lambda line: tell("head", text=line))
+    )
     _restore(model, best)
-    scored, logits, scores = _score(ready, best["eval_logits"].numpy())
+    chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
+    eval_logits = best["eval_logits"].numpy()
+    if ready.trunk.depth and job.test is None:
+        # What is stored is what the model answers when it is used; kept states, which are rounded, only chose.
+        eval_logits = compute_logits(engine.forward, job.eval.encoded)
+    second = _refit(run, ready, untrained, int(chosen["epoch"]), tell, observe) if job.all_rows else Progress()
+    scored, logits, scores = _score(ready, eval_logits)
     temperature = scores["calibration"]["temperature"]
     compared = time.monotonic()
+    of_scored = job.final if job.test else job  # whose training rows the model learned from that is scored
     simpler: dict[str, baselines.Baseline] = {}
     if job.recipe.train.baselines:
         try:
-            simpler = baselines.compute(job, scored, engine.vectors, model, len(progress.evaluations))
+            simpler = baselines.compute(of_scored, scored, engine.vectors, model, len(progress.evaluations))
         except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:  # no reason to lose the adapter
             scores["baselines_missing"] = f"they could not be computed: {type(error).__name__}: {error}"
             tell("warning", text=f"baselines could not be computed: {type(error).__name__}: {error}")
-    scores["baselines"] = baselines.against(logits, scored.encoded.labels, simpler, len(job.train.examples))
+    scores["baselines"] = baselines.against(logits, scored.encoded.labels, simpler, len(of_scored.train.examples))
     baseline_seconds = time.monotonic() - compared
-    chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
     scores |= {
         "scored_on": "test" if job.test else "eval",
         "epoch": int(chosen["epoch"]),
         "step": progress.best_step,
+        "refit_rows": len(job.all_rows.examples) if job.all_rows else 0,
         "evaluations": progress.evaluations,
         **{f"{key}_parameters": ready.parameters[key] for key in ("base", "total", "lora", "head", "trainable")},
     }
@@ -445,12 +467,12 @@ def _run(
     result = scores | {
         "adapter_bytes": sum(file.stat().st_size for file in run.adapter.glob("adapter_*")),
         "largest_difference_after_reload": verification["largest_difference"],
-        "tokens_per_s": progress.tokens / max(progress.step_seconds, 1e-9),
+        "tokens_per_s": (progress.tokens + second.tokens) / max(progress.step_seconds + second.step_seconds, 1e-9),
         "padding_pct": padding,
         "load_seconds": load_seconds,
         "trunk_seconds": ready.trunk_seconds,
-        "train_seconds": progress.train_seconds,
-        "core_seconds": progress.core_seconds,
+        "train_seconds": progress.train_seconds + second.train_seconds,
+        "core_seconds": progress.core_seconds + second.core_seconds,
         "estimated_train_seconds": found.train_seconds if found else None,
         "estimated_peak_bytes": found.peak_bytes if found else None,
         "baseline_seconds": baseline_seconds,
@@ -477,6 +499,25 @@ def _base_line(job: Job) -> str:
     return f"{job.base.name} from {place[job.base.source]}, sha256 of the weights {known}{hint}"
 
 
+def _refit(
+    run: RunDir,
+    ready: Ready,
+    untrained: Mapping[str, torch.Tensor],
+    epochs: int,
+    tell: Callable[..., None],
+    observe: Observer,
+) -> Progress:
+    """Trains the model from the start again, on all rows, for as many epochs as were best on those that were kept."""
+    again = replace(ready, job=ready.job.final)
+    tell("refit", rows=len(again.job.train.examples), epochs=epochs)
+
+    def start() -> None:
+        _restore(again.model, untrained)
+        start_head(again)
+
+    return refit(run, again.job, again.model, again.engine.forward, tell, observe, start, epochs)
+
+
 def _restore(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in trainable(model).items():
@@ -484,21 +525,15 @@ def _restore(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _score(ready: Ready, eval_logits: npt.NDArray[np.float32]) -> tuple[Part, npt.NDArray[np.float32], dict[str, Any]]:
-    """The headline: the test rows where there are any, else the evaluation rows that also chose the epoch.
-
-    It is what the adapter answers when it is used, so where epochs were chosen by kept states, which are rounded, the
-    rows are computed once more in full.
-    """
-    job, forward = ready.job, ready.engine.forward
-    if ready.trunk.depth and job.test is None:
-        eval_logits = compute_logits(forward, job.eval.encoded)
+    """The headline: the test rows where there are any, else the evaluation rows that also chose the epoch."""
+    job = ready.job
     eval_labels = job.eval.encoded.labels
     eval_scores = metrics(eval_logits, eval_labels, job.labels.values)
     if job.test is None:
         eval_scores |= {"calibration": calibration.judge(eval_logits, eval_labels, None), "chosen_on_these_rows": True}
         eval_scores |= without_known(eval_logits, eval_labels, job.eval.known, job.labels.values)
         return job.eval, eval_logits, eval_scores
-    logits = compute_logits(forward, job.test.encoded)
+    logits = compute_logits(ready.engine.forward, job.test.encoded)
     scores = metrics(logits, job.test.encoded.labels, job.labels.values) | {"chosen_on_these_rows": False}
     scores |= {"calibration": calibration.judge(eval_logits, eval_labels, (logits, job.test.encoded.labels))}
     scores |= without_known(logits, job.test.encoded.labels, job.test.known, job.labels.values)
@@ -576,10 +611,11 @@ def _environment(ready: Ready) -> dict[str, Any]:
 
 
 def _disk_bytes(ready: Ready) -> int:
-    """What a run writes at most at one time: three checkpoints and a draft of one, the adapter, the predictions."""
+    """What a run writes at most at one time: checkpoints, three and a draft of a training, adapter, predictions."""
     job = ready.job
     trained = 4 * int(ready.parameters["trainable"])
     logits = 4 * len(job.eval.examples) * len(job.labels)
     scored = (job.test or job.eval).examples
     texts = sum(len(example.text.encode("utf-8", "replace")) for example in scored)
-    return 4 * (4 * trained + logits) + trained + len(job.tokenizer.json) + texts + logits + _DISK_RESERVE
+    trainings = 2 if job.all_rows else 1
+    return trainings * 4 * (4 * trained + logits) + trained + len(job.tokenizer.json) + texts + logits + _DISK_RESERVE

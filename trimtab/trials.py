@@ -45,8 +45,8 @@ _FULL_SHARE = 0.1  # of LoRA's best rate is where full fine-tuning's is (Biderma
 _STEP = 3.0  # between two rates
 _CS = 10.0  # between two C of the probe, around 10
 _TEST_FRACTION = 0.2
-_FAIR: dict[str, object] = {"train.baselines": False, "train.head_start": "random"}
-"""Every method begins alike: DoRA and full fine-tuning, which run stock, have no head start."""
+_FAIR: dict[str, object] = {"train.baselines": False, "train.head_start": "random", "train.refit": "off"}
+"""Every method begins alike (DoRA and full fine-tuning, which run stock, have no head start) and learns once."""
 PLAN = "plan.toml"
 """The recipe of a folder of trials; not recipe.toml, which is the mark of a run."""
 _BYTES_A_WEIGHT = 20  # of full fine-tuning: weight, gradient, two moments, the best so far

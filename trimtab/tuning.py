@@ -72,7 +72,7 @@ def _search(
     while (done := len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))) < trials:
         trial = study.ask()
         values = _suggest(trial, layered, job)
-        wanted = layered.override(values | {"data.test": (), "train.baselines": False}, "tune")
+        wanted = layered.override(values | {"data.test": (), "train.baselines": False, "train.refit": "off"}, "tune")
         try:
             scores = train_once(RunDir(folder / "trials" / _name(values)), wanted)
         except DivergedError:
