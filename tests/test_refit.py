@@ -11,7 +11,7 @@ from conftest import reviews, write_csv
 from test_training import contents, lasting, small
 
 import trimtab
-from trimtab import console, estimate, evaluation, predictions, runreport, training
+from trimtab import comparison, console, estimate, evaluation, predictions, runreport, training
 from trimtab.errors import RecipeError
 from trimtab.resolve import resolve
 
@@ -58,9 +58,11 @@ def test_scores_on_rows_that_were_kept_are_those_of_the_first_training(
         assert "trained once more on all 96 rows, these too" in text
     assert "重新训练了一次" in found.report.read_text("utf-8")
     assert "once more" not in once.report.read_text("utf-8")
+    told = "\n".join(comparison.compare_lines(comparison.compare([once.path, found.path])))
+    assert f"{found.path}: the answers before the adapter was trained once more on these rows too" in told
+    assert f"{once.path}: the answers" not in told
     # The curve of the loss is that of the training that was judged.
-    steps = [step.step for step in runreport.read(found.path).steps]
-    assert steps == [step.step for step in runreport.read(once.path).steps]
+    assert runreport.read(found.path).steps == runreport.read(once.path).steps != ()
     logged = [json.loads(line) for line in (found.path / "events.jsonl").read_text("utf-8").splitlines()]
     assert any(event["event"] == "step" and event.get("refit") for event in logged)
 
@@ -73,6 +75,7 @@ def test_scores_on_test_rows_are_those_of_the_adapter(csv_file: Path, bert: Path
     classifier = trimtab.load(found.path)
     said = predictions.read(found.path / "predictions.parquet", classifier.labels)
     np.testing.assert_allclose(classifier.logits(classifier.encode(said.texts)), said.logits, atol=1e-4)
+    assert not comparison.read_answers(found.path).before_refit
     assert evaluation.verify(found.path).rows > len(classifier.adapter.probes)
     # Epoch and temperature come from rows that the model of then had not learned from.
     for key in ("epoch", "evaluations", "chosen_on_accuracy", "chosen_on_loss"):

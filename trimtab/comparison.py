@@ -10,7 +10,7 @@ import numpy as np
 
 from trimtab import predictions
 from trimtab.classification import Labels, metrics
-from trimtab.errors import ArtefactError, RecipeError, did_you_mean
+from trimtab.errors import ArtefactError, RecipeError, did_you_mean, some
 from trimtab.paired import Difference, paired, paired_macro_f1
 from trimtab.predictions import Stored
 from trimtab.rundir import RunDir, locate, not_ended
@@ -28,13 +28,16 @@ class Answers:
     rows: Stored
     scored_on: str
     """`test` or `eval`."""
+    before_refit: bool = False
+    """Whether the adapter was trained once more after these answers, on their rows too."""
 
 
 def compare(paths: Sequence[str | Path], metric: str = "accuracy") -> dict[str, Any]:
     """Compares every run to the first.
 
     Returns:
-        rows, metric, scored_on; runs: for each its name and the scores of `metrics`; against: for each but the first
+        rows, metric, scored_on; runs: for each its name, the scores of `metrics` and before_refit, whether they are of
+        the model before the adapter was trained once more on these rows too; against: for each but the first
         its difference, ci95, verdict, only_first, only_second, p, per_class (difference of f1 and recall for
         each label) and changed: text, label, before, after of the rows that are answered otherwise.
 
@@ -55,7 +58,10 @@ def compare(paths: Sequence[str | Path], metric: str = "accuracy") -> dict[str, 
         "rows": len(runs[0].rows.texts),
         "metric": metric,
         "scored_on": [run.scored_on for run in runs],
-        "runs": [{"name": run.name, **score} for run, score in zip(runs, scores, strict=True)],
+        "runs": [
+            {"name": run.name, "before_refit": run.before_refit, **score}
+            for run, score in zip(runs, scores, strict=True)
+        ],
         "against": [
             {
                 "name": run.name,
@@ -110,6 +116,7 @@ def read_answers(path: str | Path) -> Answers:
     try:
         scores = json.loads(run.metrics.read_text("utf-8"))
         labels, scored_on = Labels(tuple(scores["per_class"])), str(scores["scored_on"])
+        before_refit = scored_on == "eval" and scores.get("refit_rows", 0) > 0
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtefactError(
             "compare.answers",
@@ -117,7 +124,7 @@ def read_answers(path: str | Path) -> Answers:
             where=str(run.metrics),
             mend="bring the folder back from a copy; or train it again",
         ) from None
-    return Answers(str(path), labels, predictions.read(run.predictions, labels), scored_on)
+    return Answers(str(path), labels, predictions.read(run.predictions, labels), scored_on, before_refit)
 
 
 def _check_same_rows(first: Answers, other: Answers) -> None:
@@ -178,6 +185,11 @@ def compare_lines(found: dict[str, Any], shown: int = 10) -> list[str]:
         lines.append(
             f"{run['name']:<{width}}  {run['accuracy']:8.3f}  {low:.3f} to {high:.3f}  {run['macro_f1']:8.3f}  "
             f"{run['loss']:6.3f}"
+        )
+    if told := [run["name"] for run in runs if run["before_refit"]]:
+        lines.append(
+            f"{some(told)}: the answers before the adapter was trained once more on these rows too (train.refit); "
+            "--test FILE in training compares the adapters themselves"
         )
     for one in found["against"]:
         lines += _against_lines(one, runs[0]["name"], found["metric"], shown)

@@ -201,7 +201,7 @@ def _cost_lines(event: Mapping[str, Any]) -> list[str]:
 def _end_lines(event: Mapping[str, Any]) -> list[str]:
     scores = event["metrics"]
     where = "test rows, seen once" if scores["scored_on"] == "test" else "evaluation rows, which also chose the epoch"
-    if scores["refit_rows"] and scores["scored_on"] == "eval":
+    if scores.get("refit_rows") and scores["scored_on"] == "eval":
         where += ", before it was trained once more on these too"
     return [
         f"done    {score_line(scores)}",
