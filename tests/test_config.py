@@ -95,6 +95,7 @@ def test_the_tutorial_to_the_letter() -> None:
         "train.early_stopping_patience": 0,
         "train.group_by_length": False,
         "train.head_start": "random",
+        "train.refit": "off",
         "train.seed": 42,
     }
     recipe = load_recipe("tutorial").recipe
@@ -152,6 +153,7 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "train.group_by_length": st.booleans(),
     "train.baselines": st.booleans(),
     "train.head_start": st.sampled_from(["auto", "random", "probe", "sentence"]),
+    "train.refit": st.sampled_from(["auto", "on", "off"]),
     "train.log_every_steps": st.integers(1),
     "train.save_every_s": st.floats(0, exclude_min=True, allow_infinity=False),
     "train.seed": SEED,

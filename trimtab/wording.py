@@ -36,10 +36,10 @@ _EN = {
     "eval_rows": "evaluation rows",
     "macro_f1_is": "Macro F1 {macro_f1}, mean loss {loss}; the weights are those of epoch {epoch}.",
     "test_note": "The test rows were scored once, at the end: nothing was chosen on them.",
-    "refit_test": "After the epoch was chosen, the adapter was trained once more on all {rows} rows, those kept for "
-    "evaluation too.",
-    "refit_eval": "After the epoch was chosen, the adapter was trained once more on all {rows} rows, these too: the "
-    "scores here are of the model before that, which had not learned from them.",
+    "refit_test_note": "After the epoch was chosen, the adapter was trained once more on all {rows} rows, those kept "
+    "for evaluation too.",
+    "refit_eval_note": "After the epoch was chosen, the adapter was trained once more on all {rows} rows, these too: "
+    "the scores here are of the model before that, which had not learned from them.",
     "eval_note": "These rows also chose the epoch, so the score leans to the good side; rows that nobody looks at "
     "before the end go to --test.",
     "clean_note": "On the {rows} rows whose texts stand in no training file: accuracy {accuracy}.",
@@ -221,8 +221,8 @@ _ZH = {
     "eval_rows": "评估行",
     "macro_f1_is": "宏平均 F1 为 {macro_f1}，平均损失 {loss}；所用权重来自第 {epoch} 轮。",
     "test_note": "测试行只在最后计分一次，没有任何选择依据过它们。",
-    "refit_test": "选定轮次之后，适配器又用全部 {rows} 行（包括留作评估的行）重新训练了一次。",
-    "refit_eval": "选定轮次之后，适配器又用全部 {rows} 行（包括这些行）重新训练了一次；"
+    "refit_test_note": "选定轮次之后，适配器又用全部 {rows} 行（包括留作评估的行）重新训练了一次。",
+    "refit_eval_note": "选定轮次之后，适配器又用全部 {rows} 行（包括这些行）重新训练了一次；"
     "这里的得分属于在那之前、没有学过这些行的模型。",
     "eval_note": "这些行也用来挑选轮次，所以得分偏高；想要到最后才查看的行，请交给 --test。",
     "clean_note": "只看文本不在任何训练文件里的 {rows} 行，准确率为 {accuracy}。",
@@ -421,7 +421,7 @@ def notes(found: Findings, language: str) -> list[str]:
         say(f"{headline.scored_on}_note", language),
     ]
     if headline.refit_rows:
-        lines.append(say(f"refit_{headline.scored_on}", language, rows=count(headline.refit_rows)))
+        lines.append(say(f"refit_{headline.scored_on}_note", language, rows=count(headline.refit_rows)))
     if headline.clean_rows:
         lines.append(
             say(
