@@ -198,7 +198,7 @@ class TrainSettings(Section):
     refit: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Train once more on all rows, those kept for evaluation too, for as many epochs as were best; "
-        "auto: below 2,000 rows, where LoRA is on all layers.",
+        "auto: with fewer than 50 rows a label, where LoRA is on all layers.",
     )
     baselines: bool = Field(True, description="Judge counted words and the untrained base on the same rows.")
     group_by_length: bool = Field(True, description="Put texts of similar length into a batch.")
