@@ -105,25 +105,32 @@ class TestKill:
     def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
         self, layered: Layered, whole: training.Run, tmp_path: Path, trial: int
     ) -> None:
-        rng, out, kills = random.Random(trial), tmp_path / "cut", 0
+        rng, out, kills, in_second = random.Random(trial), tmp_path / "cut", 0, 0
         for number in range(4):
             child = in_child(lambda: start_or_resume(layered, out))
-            if trial % 2:  # aimed at a save
-                wait_for(lambda: any(out.glob("checkpoints/.tmp-*")), child)
+            if trial % 2:  # aimed at a save, of the first training or the second
+                drafts = "checkpoints/.tmp-*" if trial % 4 == 1 else "checkpoints-refit/.tmp-*"
+                wait_for(lambda drafts=drafts: any(out.glob(drafts)), child)
                 time.sleep(rng.uniform(0, 0.003))
             elif number:
+                if trial % 4 == 2:
+                    wait_for(lambda: learns_twice(out), child)
                 enough = lines(out / "events.jsonl") + rng.randrange(1, 8)
                 wait_for(lambda enough=enough: lines(out / "events.jsonl") >= enough, child)
                 time.sleep(rng.uniform(0, 0.01))
             else:  # wherever it is: reading, building, or at work
                 time.sleep(rng.uniform(0, 0.3))
             os.kill(child, signal.SIGKILL)
-            kills += ending(child) == -signal.SIGKILL
+            killed = ending(child) == -signal.SIGKILL
+            kills += killed
+            in_second += killed and learns_twice(out)
         assert ending(in_child(lambda: start_or_resume(layered, out))) == 0
+        assert in_second or trial % 4 < 2
         assert kills >= 3
         assert same(out, whole)
         FIGURES["runs killed"] += 1
         FIGURES["kills"] += kills
+        FIGURES["kills in the second training"] += in_second
 
     @pytest.mark.parametrize("trial", tiers(2, 20))
     def test_real_processes_on_a_real_model(
@@ -178,6 +185,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], training.
 def command(*words: str) -> subprocess.Popen[bytes]:
     program = [sys.executable, "-m", "trimtab", *words]
     return subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def learns_twice(out: Path) -> bool:
+    return b'"event": "refit"' in (out / "events.jsonl").read_bytes() if (out / "events.jsonl").is_file() else False
 
 
 def lines(file: Path) -> int:

@@ -44,7 +44,7 @@ def train(
         recipe: `default`, `tutorial`, or a TOML file such as a run's recipe.toml.
         settings: Any other setting by its key: `{"lora.r": 16, "train.num_epochs": 2}`.
         out: The run directory; None: a new one under ./runs.
-        budget: Time that training may take, such as `5m` or `1h30m`: epochs and rows are chosen to fit.
+        budget: Time that training may take, such as `5m` or `1h30m`: learning twice, epochs, then rows give way.
         observe: Receives every event; None: progress is printed to stderr.
 
     Returns:

@@ -59,7 +59,9 @@ RecipeOption = Annotated[
 Budget = Annotated[
     str,
     typer.Option(
-        "--budget", metavar="TIME", help="5m, 90s, 1h30m: epochs, the start of the head and rows are chosen to fit."
+        "--budget",
+        metavar="TIME",
+        help="5m, 90s, 1h30m: learning twice, epochs, the start of the head and rows give way to fit.",
     ),
 ]
 Settings = Annotated[

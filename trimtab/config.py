@@ -198,7 +198,7 @@ class TrainSettings(Section):
     refit: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Train once more on all rows, those kept for evaluation too, for as many epochs as were best; "
-        "auto: with fewer than 50 rows a label, where LoRA is on all layers.",
+        "auto: with fewer than 50 training rows a label, where LoRA is on all layers.",
     )
     baselines: bool = Field(True, description="Judge counted words and the untrained base on the same rows.")
     group_by_length: bool = Field(True, description="Put texts of similar length into a batch.")
@@ -280,6 +280,18 @@ def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = resources.files("trimtab") / "recipes"
     return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def recipe_of_run(file: Path) -> Layered:
+    """The recipe of a run, in which nothing is left to `auto`; one of before there was `train.refit` has it off.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    layered = load_recipe(str(file))
+    if layered.recipe.train.refit != "auto":
+        return layered
+    return layered.override({"train.refit": "off"}, "a run of before there was another way")
 
 
 def load_recipe(name_or_file: str) -> Layered:

@@ -72,9 +72,9 @@ def _progress_text(event: Mapping[str, Any]) -> str:
         return f"  lower layers of {event['kept']:,} of {event['rows']:,} rows"
     if "evaluated" in event:
         return f"  evaluating {event['evaluated']:,} of {event['eval_rows']:,} rows"
-    share = event["step"] / event["steps"]
+    share, what = event["step"] / event["steps"], "once more: step" if event.get("refit") else "step"
     return (
-        f"  [{'#' * int(20 * share):<20}] step {event['step']:,}/{event['steps']:,}  loss {event['loss']:.3f}  "
+        f"  [{'#' * int(20 * share):<20}] {what} {event['step']:,}/{event['steps']:,}  loss {event['loss']:.3f}  "
         f"{event['tokens_per_s']:,.0f} tokens/s  {duration(event['remaining_s'])} left"
     )
 
@@ -92,7 +92,7 @@ def event_lines(event: Mapping[str, Any]) -> list[str]:
     if kind == "trunk":
         return [_trunk_line(event)]
     if kind == "resume":
-        return [f"resume  from {event['path']}"]
+        return [f"resume  from {event['path']}{' of the training on all rows' if event.get('refit') else ''}"]
     if kind == "forecast":
         return [f"plan    after {event['step']} steps: {duration(event['remaining_s'])} of training left"]
     if kind == "not_finite":
@@ -106,8 +106,8 @@ def event_lines(event: Mapping[str, Any]) -> list[str]:
         ]
     if kind == "refit":
         return [
-            f"refit   once more from the start, {event['epochs']} epochs on all {event['rows']:,} rows, those kept for "
-            "evaluation too"
+            f"refit   once more from the start, {event['epochs']} epochs; "
+            f"{rows_to_train_on(event['rows'], event['label_names'])}, those kept for evaluation too"
         ]
     if kind == "eval":
         return [

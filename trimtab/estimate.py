@@ -298,9 +298,9 @@ def within(budget: float, found: Estimate, rows: int, eval_rows: int) -> dict[st
     """Settings with which a run of so many rows takes at most `budget` seconds of training: epochs first, then rows.
 
     What is done once for all epochs belongs to it: the layers below LoRA where they are kept, and the start of a head.
-    Rows are worth more than a third pass over the same ones, so epochs go down to two, then LoRA learns no sentence
-    vectors, and then rows are left out. Evaluation gets at most a fifth of the time, and both parts keep 100 rows: less
-    judges nothing.
+    Learning twice is left out first. Rows are worth more than a third pass over the same ones, so epochs go down to
+    two, then LoRA learns no sentence vectors, and then rows are left out. Evaluation gets at most a fifth of the time,
+    and both parts keep 100 rows: less judges nothing.
 
     Raises:
         RecipeError: two epochs of 100 rows take longer.
@@ -309,6 +309,11 @@ def within(budget: float, found: Estimate, rows: int, eval_rows: int) -> dict[st
     if found.trunk_seconds + found.train_seconds <= budget:
         return {}
     values: dict[str, object] = {}
+    if found.refit_seconds:
+        values["train.refit"] = "off"
+        found = replace(found, refit_seconds=0.0)
+        if found.trunk_seconds + found.train_seconds <= budget:
+            return values
     epochs = min(found.epochs, _FEWEST_EPOCHS)
     if found.sentence_seconds and found.trunk_seconds + replace(found, epochs=epochs).train_seconds > budget:
         values["train.head_start"] = "probe"

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from trimtab import adapter, baselines, data, predictions
 from trimtab.build import make_ready
 from trimtab.classification import metrics, without_known
-from trimtab.config import Recipe, RuntimeSettings, load_recipe
+from trimtab.config import Recipe, RuntimeSettings, recipe_of_run
 from trimtab.data import Example, reduced
 from trimtab.errors import TrimtabError
 from trimtab.machine import peak_rss_bytes
@@ -99,7 +99,7 @@ def _beside(
     overlap: dict[str, Any] = {}
     if run.recipe.is_file():
         try:
-            layered = load_recipe(str(run.recipe))
+            layered = recipe_of_run(run.recipe)
             job = resolve(layered.override({"base.model": base}, "--base") if base else layered)
             its_own = [*job.train.examples, *([] if job.recipe.data.eval else job.eval.examples)]
             texts = {reduced(example.text) for example in its_own}
@@ -108,10 +108,11 @@ def _beside(
             missing = "the recipe leaves them out (train.baselines)"
             if job.recipe.train.baselines:
                 ready = make_ready(job)
-                epochs = len(json.loads(run.metrics.read_text("utf-8"))["evaluations"])
+                then = json.loads(run.metrics.read_text("utf-8"))
+                epochs, learned = len(then["evaluations"]), job.final if then.get("refit_rows") else job
                 scored = Part(examples, encoded, known)
-                found = baselines.compute(job.final, scored, ready.engine.vectors, ready.model, epochs)
-                missing, rows = "", len(job.final.train.examples)
+                found = baselines.compute(learned, scored, ready.engine.vectors, ready.model, epochs)
+                missing, rows = "", len(learned.train.examples)
         except (TrimtabError, OSError, ValueError, KeyError, TypeError) as error:
             missing = f"they could not be computed again: {error.what if isinstance(error, TrimtabError) else error}"
     told = overlap | {"baselines": baselines.against(logits, encoded.labels, found, rows)}
@@ -128,7 +129,7 @@ def verify(path: str | Path, *, base: str | None = None) -> Verification:
         ArtefactError, BaseModelError: as `load` does.
     """
     run = RunDir(locate(path))
-    recipe = load_recipe(str(run.recipe)).recipe if run.recipe.is_file() else Recipe()
+    recipe = recipe_of_run(run.recipe).recipe if run.recipe.is_file() else Recipe()
     runtime, said_by_adapter = recipe.runtime, recipe.train.refit != "on" or bool(recipe.data.test)
     if runtime.dtype == "auto" and adapter.read(adapter_in(path)).computed_in == "float32":
         runtime = runtime.model_copy(update={"dtype": "float32"})
@@ -136,8 +137,8 @@ def verify(path: str | Path, *, base: str | None = None) -> Verification:
     texts = [text for text, _ in classifier.adapter.probes]
     stored = np.array([logits for _, logits in classifier.adapter.probes], np.float32)
     again = [classifier.logits(classifier.encode(texts))]
-    if said_by_adapter and run.predictions.is_file():
-        said = predictions.read(run.predictions, classifier.labels, _CHECKED_ROWS)
+    said = predictions.read(run.predictions, classifier.labels, _CHECKED_ROWS) if run.predictions.is_file() else None
+    if said and said_by_adapter:
         stored = np.concatenate([stored, said.logits])
         again.append(classifier.logits(classifier.encode(said.texts)))
     computed = np.concatenate(again)

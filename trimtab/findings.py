@@ -7,6 +7,7 @@ disagree. Texts and labels are cleaned and cut here, once: what is shown is boun
 import math
 import shlex
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
@@ -462,9 +463,11 @@ def _evaluations(metrics: Mapping[str, Any], steps: Sequence[StepLoss]) -> tuple
 
 
 def _classes(metrics: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> list[ClassScore]:
-    trained = parts.get("train", {}).get("rows_per_label", {})
+    trained = Counter(parts.get("train", {}).get("rows_per_label", {}))
+    if metrics.get("refit_rows") and metrics["scored_on"] == "test":
+        trained.update(parts.get("eval", {}).get("rows_per_label", {}))
     return [
-        ClassScore(i, one["precision"], one["recall"], one["f1"], one["rows"], trained.get(label))
+        ClassScore(i, one["precision"], one["recall"], one["f1"], one["rows"], trained.get(label) if trained else None)
         for i, (label, one) in enumerate(metrics["per_class"].items())
     ]
 

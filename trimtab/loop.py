@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +93,8 @@ class _Loop:
     """0: no epoch is judged."""
     tokens_after: int
     """Of the training on all rows that follows."""
+    seconds_after: float = 0.0
+    """Of the start of its head: what the first one took, where this process saw it."""
 
     @property
     def settings(self) -> TrainSettings:
@@ -100,6 +103,11 @@ class _Loop:
     @property
     def total_steps(self) -> int:
         return self.job.steps_per_epoch * self.epochs
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Of the schedule: those of all epochs."""
+        return self.job.steps_per_epoch * int(self.settings.num_epochs)
 
 
 class _Saver:
@@ -169,10 +177,12 @@ def run_loop(
         Interrupted: a signal asked to stop; what had been done is saved.
     """
     settings = job.recipe.train
-    loop, progress, best = _begin(run, run.checkpoints, job, model, forward, tell, observe, int(settings.num_epochs))
+    loop, progress, best = _begin(run, job, model, forward, tell, observe)
     saver = _Saver(loop, progress)
     if progress.step == 0:
         start()
+        if job.all_rows:
+            loop = replace(loop, seconds_after=time.monotonic() - saver.began)
     while progress.epoch < int(settings.num_epochs) and not _is_over(progress, settings):
         progress = _train_epoch(loop, progress, best, saver)
         try:
@@ -210,11 +220,11 @@ def refit(
         DivergedError, ArtefactError, Interrupted: as `run_loop`.
     """
 
-    def tell_refit(event: str, **values: Any) -> None:
-        tell(event, **values, refit=True)
+    def observe_refit(event: Mapping[str, Any]) -> None:
+        observe({**event, "refit": True})
 
-    loop, progress, _ = _begin(run, run.refit_checkpoints, job, model, forward, tell_refit, observe, epochs)
-    loop = replace(loop, eval_tokens=0)
+    told = partial(tell, refit=True)
+    loop, progress, _ = _begin(run, job, model, forward, told, observe_refit, refit_epochs=epochs)
     saver = _Saver(loop, progress)
     if progress.step == 0:
         start()
@@ -226,16 +236,19 @@ def refit(
 
 def _begin(
     run: RunDir,
-    checkpoints: Path,
     job: Job,
     model: Any,
     forward: Forward,
     tell: Callable[..., None],
     observe: Observer,
-    epochs: int,
+    *,
+    refit_epochs: int = 0,
 ) -> tuple[_Loop, Progress, dict[str, torch.Tensor]]:
     """What a training needs, where it stands, and the best epoch's tensors so far."""
     settings = job.recipe.train
+    checkpoints, epochs = run.checkpoints, int(settings.num_epochs)
+    if refit_epochs:
+        checkpoints, epochs = run.refit_checkpoints, refit_epochs
     parameters = trainable(model)
     optimizer = make_optimizer(parameters, settings)
     progress, best = _load_newest(run, checkpoints, parameters, optimizer, tell)
@@ -255,7 +268,7 @@ def _begin(
         first_step=progress.step,
         epochs=epochs,
         epoch_tokens=int(job.train.encoded.lengths.sum()),
-        eval_tokens=int(job.eval.encoded.lengths.sum()),
+        eval_tokens=0 if refit_epochs else int(job.eval.encoded.lengths.sum()),
         tokens_after=epochs * int(job.all_rows.encoded.lengths.sum()) if job.all_rows else 0,
     )
     return loop, progress, best
@@ -268,8 +281,7 @@ def _train_epoch(loop: _Loop, progress: Progress, best: Mapping[str, torch.Tenso
     while progress.batch < len(batches):
         group = batches[progress.batch : progress.batch + settings.gradient_accumulation_steps]
         began = time.monotonic()
-        scheduled = loop.job.steps_per_epoch * int(settings.num_epochs)
-        rate = float(settings.learning_rate) * schedule(progress.step, scheduled, settings.warmup_ratio)
+        rate = float(settings.learning_rate) * schedule(progress.step, loop.scheduled_steps, settings.warmup_ratio)
         try:
             done = _step(loop, group, rate, progress.epoch * len(batches) + progress.batch)
         except interrupts.Interrupted:
@@ -309,6 +321,7 @@ def _tell_step(loop: _Loop, progress: Progress, done: "Step", rate: float, epoch
         evals_left=loop.epochs - evaluations,
         eval_tokens=loop.eval_tokens,
     )
+    remaining += loop.seconds_after
     loop.observe(
         {
             "event": "progress",

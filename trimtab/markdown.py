@@ -75,6 +75,8 @@ def card(found: Findings) -> str:
         }
         rate = f"{recipe.train.learning_rate:g}"
         lines += [say("card_training", language, rows=count(train.used), rate=rate, **values)]
+        if again := found.headline.refit_rows:
+            lines += [say("card_refit", language, rows=count(again), epochs=found.headline.epoch)]
         if recipe.data.keep == "ends":
             lines += [say("card_ends", language)]
     lines += [""]

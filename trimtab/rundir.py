@@ -80,7 +80,7 @@ class RunDir:
     @property
     def refit_checkpoints(self) -> Path:
         """Those of the second training, on all rows."""
-        return self.checkpoints / "refit"
+        return self.path / "checkpoints-refit"
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Adds one line to the event stream; behind half a line, of a process that was killed, a line of its own."""

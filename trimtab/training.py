@@ -42,7 +42,7 @@ from trimtab.build import Ready, make_ready, with_trunk
 from trimtab.classification import compute_logits, metrics, without_known
 from trimtab.config import MINILM, Layered
 from trimtab.data import Reject
-from trimtab.errors import ArtefactError, DataError, RecipeError, ResourceError, TrimtabError, quoted
+from trimtab.errors import ArtefactError, DataError, DivergedError, RecipeError, ResourceError, TrimtabError, quoted
 from trimtab.estimate import Estimate
 from trimtab.headstart import start_head, work_ahead
 from trimtab.hub import find_base
@@ -214,7 +214,7 @@ def _finished(run: RunDir, observe: Observer) -> Run | None:
 def _ready_again(run: RunDir) -> Ready:
     """The job and the model that a run began with."""
     try:
-        return make_ready(resolve(config.load_recipe(str(run.recipe))))
+        return make_ready(resolve(config.recipe_of_run(run.recipe)))
     except DataError as error:
         if error.code != "data.changed":
             raise
@@ -271,13 +271,11 @@ def plan(layered: Layered, budget: str = "") -> Planned:
     speed = estimate.measure(ready.job, ready.model, ready.engine, ready.trunk)
     found = _estimate(ready, speed)
     values = _to_fit(seconds, ready, found)
-    # A second training comes before any row in what is left out; names of labels, on top of the rows that fit.
-    for key, without in (("train.refit", "off"), ("data.label_names", "off")):
-        section, _, name = key.partition(".")
-        if values and getattr(getattr(ready.job.recipe, section), name) == "on":
-            ready = _with(ready, {key: without}, f"--budget {budget}")
-            found = _estimate(ready, speed)
-            values = _to_fit(seconds, ready, found)
+    # Names of labels would come on top of the rows that fit.
+    if values.keys() - {"train.refit"} and ready.job.recipe.data.label_names == "on":
+        ready = _with(ready, {"data.label_names": "off"}, f"--budget {budget}")
+        found = _estimate(ready, speed)
+        values = _to_fit(seconds, ready, found)
     if values:
         ready = _with(ready, values, f"--budget {budget}")
         found = _estimate(ready, speed)
@@ -351,7 +349,8 @@ def _disk_errors(run: RunDir) -> Iterator[None]:
         if isinstance(error, TrimtabError) or elsewhere:
             raise
         there = [file.name for file in (run.recipe, run.metrics, run.predictions, run.adapter) if file.exists()]
-        there += sorted(f"checkpoints/{path.name}" for path in run.checkpoints.glob("step-*"))
+        for folder in (run.checkpoints, run.refit_checkpoints):
+            there += sorted(f"{folder.name}/{path.name}" for path in folder.glob("step-*"))
         raise ResourceError(
             "run.write",
             f"The run cannot be read or written: {error.strerror or error}. "
@@ -409,7 +408,9 @@ def _run(
     for warning in warnings:
         tell("warning", text=warning)
 
-    untrained = {f"parameter/{name}": tensor.detach().clone() for name, tensor in trainable(model).items()}
+    untrained: dict[str, torch.Tensor] = {}
+    if job.all_rows:
+        untrained = {f"parameter/{name}": tensor.detach().clone() for name, tensor in trainable(model).items()}
     progress, best = run_loop(
         run, job, model, ready.forward, tell, observe, lambda: start_head(ready, lambda line: tell("head", text=line))
     )
@@ -419,11 +420,18 @@ def _run(
     if ready.trunk.depth and job.test is None:
         # What is stored is what the model answers when it is used; kept states, which are rounded, only chose.
         eval_logits = compute_logits(engine.forward, job.eval.encoded)
-    second = _refit(run, ready, untrained, int(chosen["epoch"]), tell, observe) if job.all_rows else Progress()
+    second = Progress()
+    if job.all_rows:
+        try:
+            second = _refit(run, ready, untrained, int(chosen["epoch"]), tell, observe)
+        except DivergedError as error:  # no reason to lose what the first training came to
+            tell("warning", text=f"trained once more, it diverged, and the adapter is that of before: {error.what}")
+            _restore(model, best)
+    learned = job.final if second.step else job  # whose training rows the adapter has learned from
     scored, logits, scores = _score(ready, eval_logits)
     temperature = scores["calibration"]["temperature"]
     compared = time.monotonic()
-    of_scored = job.final if job.test else job  # whose training rows the model learned from that is scored
+    of_scored = learned if job.test else job
     simpler: dict[str, baselines.Baseline] = {}
     if job.recipe.train.baselines:
         try:
@@ -437,7 +445,7 @@ def _run(
         "scored_on": "test" if job.test else "eval",
         "epoch": int(chosen["epoch"]),
         "step": progress.best_step,
-        "refit_rows": len(job.all_rows.examples) if job.all_rows else 0,
+        "refit_rows": len(learned.train.examples) - job.data_report["train"]["label_names"] if second.step else 0,
         "evaluations": progress.evaluations,
         **{f"{key}_parameters": ready.parameters[key] for key in ("base", "total", "lora", "head", "trainable")},
     }
@@ -507,13 +515,22 @@ def _refit(
     tell: Callable[..., None],
     observe: Observer,
 ) -> Progress:
-    """Trains the model from the start again, on all rows, for as many epochs as were best on those that were kept."""
+    """Trains the model from the start again, on all rows, for as many epochs as were best on those that were kept.
+
+    Raises:
+        DivergedError: as `run_loop`.
+    """
     again = replace(ready, job=ready.job.final)
-    tell("refit", rows=len(again.job.train.examples), epochs=epochs)
 
     def start() -> None:
+        tell(
+            "refit",
+            rows=len(again.job.train.examples),
+            label_names=again.job.data_report["train"]["label_names"],
+            epochs=epochs,
+        )
         _restore(again.model, untrained)
-        start_head(again)
+        start_head(again, lambda line: tell("head", text=line, refit=True))
 
     return refit(run, again.job, again.model, again.engine.forward, tell, observe, start, epochs)
 

@@ -34,12 +34,12 @@ _EN = {
     "stop": ".",
     "test_rows": "test rows",
     "eval_rows": "evaluation rows",
-    "macro_f1_is": "Macro F1 {macro_f1}, mean loss {loss}; the weights are those of epoch {epoch}.",
+    "macro_f1_is": "Macro F1 {macro_f1}, mean loss {loss}, after epoch {epoch}.",
     "test_note": "The test rows were scored once, at the end: nothing was chosen on them.",
-    "refit_test_note": "After the epoch was chosen, the adapter was trained once more on all {rows} rows, those kept "
-    "for evaluation too.",
-    "refit_eval_note": "After the epoch was chosen, the adapter was trained once more on all {rows} rows, these too: "
-    "the scores here are of the model before that, which had not learned from them.",
+    "refit_test_note": "After the epoch was chosen, the adapter was trained once more, on {rows} rows: those "
+    "kept for evaluation too.",
+    "refit_eval_note": "After the epoch was chosen, the adapter was trained once more, on {rows} rows: these too. "
+    "The scores here are of the model before that, which had not learned from them.",
     "eval_note": "These rows also chose the epoch, so the score leans to the good side; rows that nobody looks at "
     "before the end go to --test.",
     "clean_note": "On the {rows} rows whose texts stand in no training file: accuracy {accuracy}.",
@@ -192,6 +192,7 @@ _EN = {
     "card_lora": "{variant} with r={r}, lora_alpha={alpha} on {targets}.",
     "card_training": "Trained on {rows} rows: {done} of at most {epochs} epochs, batches of {batch}, learning rate "
     "{rate}, texts cut at {length} tokens.",
+    "card_refit": "Then once more from the start on {rows} rows, those kept for evaluation too: {epochs} epochs.",
     "card_ends": "Of a longer text, a quarter of these are its first tokens and three quarters its last.",
     "use": "How to use it",
     "names": "Labels",
@@ -219,10 +220,10 @@ _ZH = {
     "stop": "。",
     "test_rows": "测试行",
     "eval_rows": "评估行",
-    "macro_f1_is": "宏平均 F1 为 {macro_f1}，平均损失 {loss}；所用权重来自第 {epoch} 轮。",
+    "macro_f1_is": "宏平均 F1 为 {macro_f1}，平均损失 {loss}，取自第 {epoch} 轮之后。",
     "test_note": "测试行只在最后计分一次，没有任何选择依据过它们。",
-    "refit_test_note": "选定轮次之后，适配器又用全部 {rows} 行（包括留作评估的行）重新训练了一次。",
-    "refit_eval_note": "选定轮次之后，适配器又用全部 {rows} 行（包括这些行）重新训练了一次；"
+    "refit_test_note": "选定轮次之后，适配器又用 {rows} 行（包括留作评估的行）重新训练了一次。",
+    "refit_eval_note": "选定轮次之后，适配器又用 {rows} 行（包括这些行）重新训练了一次；"
     "这里的得分属于在那之前、没有学过这些行的模型。",
     "eval_note": "这些行也用来挑选轮次，所以得分偏高；想要到最后才查看的行，请交给 --test。",
     "clean_note": "只看文本不在任何训练文件里的 {rows} 行，准确率为 {accuracy}。",
@@ -360,6 +361,7 @@ _ZH = {
     "card_lora": "{variant}，r={r}，lora_alpha={alpha}，作用于 {targets}。",
     "card_training": "在 {rows} 行上训练：最多 {epochs} 轮，实际 {done} 轮，每批 {batch} 行，学习率 {rate}，"
     "文本在 {length} 个 token 处截断。",
+    "card_refit": "随后用 {rows} 行（包括留作评估的行）从头再训练一次：{epochs} 轮。",
     "card_ends": "更长的文本保留两端：四分之一取自开头，四分之三取自结尾。",
     "use": "怎样使用",
     "names": "标签",
