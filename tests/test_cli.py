@@ -101,6 +101,7 @@ class TestTrain:
             "report.html",
             "adapter",
             "checkpoints",
+            "checkpoints-refit",
         }
         adapter = {path.name for path in (run / "adapter").iterdir()}
         assert {

@@ -291,7 +291,7 @@ def recipe_of_run(file: Path) -> Layered:
     layered = load_recipe(str(file))
     if layered.recipe.train.refit != "auto":
         return layered
-    return layered.override({"train.refit": "off"}, "a run of before there was another way")
+    return layered.override({"train.refit": "off"}, "a run from before this setting")
 
 
 def load_recipe(name_or_file: str) -> Layered:

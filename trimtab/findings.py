@@ -467,7 +467,7 @@ def _classes(metrics: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]])
     if metrics.get("refit_rows") and metrics["scored_on"] == "test":
         trained.update(parts.get("eval", {}).get("rows_per_label", {}))
     return [
-        ClassScore(i, one["precision"], one["recall"], one["f1"], one["rows"], trained.get(label) if trained else None)
+        ClassScore(i, one["precision"], one["recall"], one["f1"], one["rows"], trained.get(label))
         for i, (label, one) in enumerate(metrics["per_class"].items())
     ]
 

@@ -44,8 +44,8 @@ _FEWEST_STEPS = 200  # 400 came to no better score on 1,000 short reviews
 _FEW_ROWS = 100  # one row is a point of accuracy then
 # A label, from which on the first token learns by itself: at 450 sentence vectors brought nothing, at 10 three points.
 _MANY_ROWS = 200
-# Below, label names are rows too, and the kept tenth is learned from in the end: each is worth 0.8 points at 10. From
-# 100 on the tenth brought nothing that could be seen, for twice the time; in between nothing was measured.
+# Below, label names are rows too, and the kept tenth is learned from in the end: each is worth 0.8 to 1
+# point at 10. From 100 on the tenth brought nothing that could be seen, for twice the time; in between it is not known.
 _FEW_A_LABEL = 50
 # From here on twice the rate: with base dropout half a point at 77 labels of 90 rows, nothing at 9 rows or 2 labels.
 _MANY_LABELS = 20
