@@ -246,6 +246,7 @@ def main() -> None:
     for arms in trials.values():
         for arm in arms:
             arms[arm] = {seed: one for seed, one in arms[arm].items() if one["recipe_sha256"] == recipe_sha256(arm)}
+    tables = {task: summary(arms) for task, arms in trials.items() if arms.get("default")}
     missing = [
         (task, arm, seed)
         for task in given.tasks.split(",")
@@ -260,10 +261,11 @@ def main() -> None:
         for done in as_completed(futures):
             task, arm, seed = futures[done]
             trials.setdefault(task, {}).setdefault(arm, {})[str(seed)] = done.result()
-            tables = {task: summary(arms) for task, arms in trials.items() if arms.get("default")}
+            if trials[task].get("default"):
+                tables[task] = summary(trials[task])
             write(name, {"tasks": tables, "trials": trials})
             print(f"{task} {arm} seed {seed}: {trials[task][arm][str(seed)]['accuracy']:.4f}", flush=True)
-    print("\n".join(markdown(read(name).get("tasks", {}))))
+    print("\n".join(markdown(tables)))
 
 
 if __name__ == "__main__":
