@@ -119,8 +119,9 @@ def test_base_dropout(csv_file: Path, bert: Path, settings: dict[str, Any], drop
 
 
 def test_many_labels_are_learned_at_twice_the_rate(tmp_path: Path, bert: Path) -> None:
-    for count, rate in ((19, 1e-3), (20, 2e-3)):
-        file = labelled(tmp_path / f"{count}.csv", *(f"{i} film" for i in range(count)))
+    for count, rows, rate in ((19, 72, 1e-3), (20, 72, 2e-3), (20, 48, 1e-3)):
+        labels = [f"{i} film" for i in range(count)]
+        file = labelled(tmp_path / f"{count}-{rows}.csv", *labels * (rows // 24))
         assert job(file, bert, train__learning_rate="auto").recipe.train.learning_rate == rate
 
 

@@ -173,7 +173,7 @@ class TrainSettings(Section):
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches an optimizer step.")
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Literal["auto", "search"] = Field(
         "auto",
-        description="auto: 1e-3, 5e-4 from width 768, 3e-4 from 1024, twice that from 20 labels on; "
+        description="auto: 1e-3, 5e-4 from width 768, 3e-4 from 1024, twice that from 20 labels of 50 rows on; "
         "search: tries three around that.",
     )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only.")

@@ -44,10 +44,11 @@ _FEWEST_STEPS = 200  # 400 came to no better score on 1,000 short reviews
 _FEW_ROWS = 100  # one row is a point of accuracy then
 # A label, from which on the first token learns by itself: at 450 sentence vectors brought nothing, at 10 three points.
 _MANY_ROWS = 200
-# Below, label names are rows too, and the kept tenth is learned from in the end: each is worth 0.8 to 1
-# point at 10. From 100 on the tenth brought nothing that could be seen, for twice the time; in between it is not known.
+# Below, label names are rows too, and the kept tenth is learned from in the end: each is worth 0.8 to 1 point at 10.
+# From 100 on the tenth brought nothing that could be seen, for twice the time; in between it is not known.
 _FEW_A_LABEL = 50
-# From here on twice the rate: with base dropout half a point at 77 labels of 90 rows, nothing at 9 rows or 2 labels.
+# From here on, of 50 rows at least, twice the rate: with base dropout half a point at 77 labels of 90 rows; at 77 of 9,
+# as at 2 labels, it was a quarter of a point worse.
 _MANY_LABELS = 20
 _MOST_TOKENS = 256  # of `auto`: twice the length costs over twice the time, and 256 is what MiniLM was trained with
 
@@ -393,8 +394,9 @@ def _settle(
     width = int(getattr(config, "hidden_size", 0) or getattr(config, "dim", 0) or 768)
     if recipe.train.learning_rate == "auto":
         rate = 1e-3 if width < 768 else 5e-4 if width < 1024 else 3e-4
-        rate *= 2 if len(labels) >= _MANY_LABELS else 1
-        found["train.learning_rate"] = (rate, f"auto: width {width:,}, {len(labels):,} labels")
+        rate *= 2 if len(labels) >= _MANY_LABELS and len(texts) >= _FEW_A_LABEL * len(labels) else 1
+        why = f"auto: width {width:,}, {len(labels):,} labels of {len(texts) // len(labels):,} rows"
+        found["train.learning_rate"] = (rate, why)
     if recipe.train.metric_for_best_model == "auto":
         counts = Counter(example.label for example in train.examples)
         ratio = max(counts.values()) / min(counts.values())
