@@ -7,29 +7,25 @@ each argument's settings, such as `base.dropout=0.2`, and asks for rows of the p
 sealed row chooses no default.
 
 What has finished stands in benchmarks/results/choices.json, each trial under what it sets beside today's default, with
-its commit and its processor's kind; a second call goes on from there, and trains again what a changed recipe makes
-another run. A changed rule for an `auto` is not seen: put its trials under the settings that they had, and take their
-runs out. Needs the extra `demo`.
+its commit and its processor's kind; a second call goes on from there. As in evidence.py, a trial belongs to its
+settings as they are settled. Needs the extra `demo`.
 """
 
 import argparse
-import hashlib
 import statistics
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from evidence import data, trained
+from evidence import Data, data, known, settled_sha256, trained
 from record import commit, kind, read, write
 
-from trimtab import config
 from trimtab.machine import usable_cores
 
 
-def recipe_sha256(arm: str) -> str:
-    """Of every setting of an arm, defaults included."""
-    recipe = config.assemble("default", {}, arm.split(",") if arm else []).recipe
-    return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
+def settings_of(arm: str) -> list[str]:
+    """Of an argument; of the empty one, the default itself, none."""
+    return arm.split(",") if arm else []
 
 
 def table(task: str, arms: dict[str, Any]) -> list[str]:
@@ -58,28 +54,30 @@ def main() -> None:
     given = parser.parse_args()
     threads = max(1, usable_cores() // given.jobs)
     tasks: dict[str, Any] = read("choices").get("tasks", {})
-    arms = tasks[given.task] = {
-        arm: of_today
-        for arm, trials in tasks.get(given.task, {}).items()
-        if (of_today := {seed: one for seed, one in trials.items() if one["recipe_sha256"] == recipe_sha256(arm)})
-    }
-    missing = [
-        (arm, seed) for seed in range(given.seeds) for arm in ["", *given.arms] if str(seed) not in arms.get(arm, {})
-    ]
-    files = {seed: data(given.task, seed, given.keep, given.banking77) for _, seed in missing}
+    before: dict[str, Any] = tasks.get(given.task, {})
+    arms: dict[str, Any] = {}
+    tasks[given.task] = arms
+    asked = {(one, seed) for one in ["", *given.arms] for seed in range(given.seeds)}
+    missing = []
+    for arm, seed in sorted(asked | {(one, int(seed)) for one in before for seed in before[one]}):
+        files = data(given.task, seed, given.keep, given.banking77)
+        sha256 = settled_sha256(files.train, "default", settings_of(arm), seed)
+        if there := known(before, arm, seed, sha256, with_baselines=False):
+            arms.setdefault(arm, {})[str(seed)] = there
+        elif (arm, seed) in asked:
+            missing.append((arm, seed, sha256, files))
 
-    def trial(arm: str, seed: int) -> dict[str, Any]:
-        sha256 = recipe_sha256(arm)
+    def trial(arm: str, seed: int, sha256: str, files: Data) -> dict[str, Any]:
         run = given.keep / given.task / f"{seed}-{sha256[:8]}"
-        settings = ["train.baselines=false", *(arm.split(",") if arm else [])]
-        metrics = trained(run, files[seed].train, files[seed].other, "default", settings, seed, threads)
+        settings = ["train.baselines=false", *settings_of(arm)]
+        metrics = trained(run, files.train, files.other, "default", settings, seed, threads)
         keys = ("accuracy", "epoch", "train_seconds")
         return {**{key: metrics[key] for key in keys}, "recipe_sha256": sha256, "commit": commit(), "kind": kind()}
 
     with ThreadPoolExecutor(given.jobs) as pool:
         futures = {pool.submit(trial, *one): one for one in missing}
         for done in as_completed(futures):
-            arm, seed = futures[done]
+            arm, seed, *_ = futures[done]
             arms.setdefault(arm, {})[str(seed)] = done.result()
             write("choices", {"tasks": tasks})
             print(f"{given.task} {arm or 'as it is'} seed {seed}: {arms[arm][str(seed)]['accuracy']:.4f}", flush=True)

@@ -9,9 +9,10 @@ train.csv and test.csv.
 
 What has finished stands in benchmarks/results/evidence.json, each trial with its commit, its processor's kind (bf16 or
 avx2) and a bit for every sealed row: a second call, in another clone or on another machine too, goes on from there with
-more tasks, arms or seeds, and trains again what a changed recipe makes another run. A changed rule for an `auto` is not
-seen: take such trials and their runs out. Differences are of trials on the same kind. --jobs 2 trains two at a time
-with half of the cores each. Prints the table. Needs the extra `demo`.
+more tasks, arms or seeds. A trial belongs to its settings as they are settled for its rows, so what a changed recipe or
+a changed rule for an `auto` makes another run is trained again, and what another arm has trained already is taken from
+there. Differences are of trials on the same kind. --jobs 2 trains two at a time with half of the cores each. Prints the
+table. Needs the extra `demo`.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from trimtab.config import MINILM
 from trimtab.data import read_table
 from trimtab.machine import usable_cores
 from trimtab.paired import mean_over_seeds, paired_over_seeds
+from trimtab.resolve import resolve
 
 TASKS = ("rotten-1000", "banking77-10", "imdb-1000", "rotten-6800", "banking77-full", "imdb-20000")
 ARMS: dict[str, tuple[str, ...]] = {  # a shipped recipe, and what is set beside it
@@ -124,10 +126,13 @@ def _save(file: Path, rows: Rows) -> None:
     draft.replace(file)
 
 
-def recipe_sha256(arm: str) -> str:
-    """Of every setting of an arm, defaults included."""
-    recipe, *settings = ARMS[arm]
-    return hashlib.sha256(config.assemble(recipe, {}, settings).recipe.model_dump_json().encode()).hexdigest()
+def settled_sha256(train: Path, recipe: str, settings: Sequence[str], seed: int) -> str:
+    """Of every setting as it is settled for these rows; not of where they lie, and whether baselines stand beside."""
+    flags = {"data.train": (str(train),), "base.model": MINILM}
+    layered = config.assemble(recipe, flags, [f"train.seed={seed}", f"data.seed={seed}", *settings])
+    places = {"sha256": True, "data": {"train"}, "base": {"model"}, "train": {"baselines"}}
+    settled = resolve(layered).recipe.model_dump(mode="json", exclude=places)
+    return hashlib.sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest()
 
 
 def trained(
@@ -148,13 +153,11 @@ def trained(
     return dict(json.loads((run / "metrics.json").read_text("utf-8")))
 
 
-def trial(task: str, arm: str, seed: int, keep: Path, banking77: Path | None, threads: int) -> dict[str, Any]:
+def trial(task: str, arm: str, seed: int, sha256: str, keep: Path, files: Data, threads: int) -> dict[str, Any]:
     """What the record keeps of one run, which is trained unless it has been."""
-    sha256 = recipe_sha256(arm)
     run = keep / task / arm / f"{seed}-{sha256[:8]}"
     recipe, *settings = ARMS[arm]
     settings += [] if arm == "default" else ["train.baselines=false"]
-    files = data(task, seed, keep, banking77)
     metrics = trained(run, files.train, files.sealed, recipe, settings, seed, threads)
     keys = ("accuracy", "macro_f1", "chosen_on_accuracy", "epoch", "train_seconds", "calibration", "baselines")
     answers = read_answers(run).rows
@@ -167,6 +170,13 @@ def trial(task: str, arm: str, seed: int, keep: Path, banking77: Path | None, th
         "rows": len(answers.truth),
         "right": packed(answers.told == answers.truth),
     }
+
+
+def known(arms: dict[str, Any], arm: str, seed: int, sha256: str, *, with_baselines: bool) -> dict[str, Any] | None:
+    """The arm's trial of these settings, or that of another arm."""
+    of_seed = [arms[one][str(seed)] for one in (arm, *arms) if str(seed) in arms.get(one, {})]
+    fitting = (one for one in of_seed if one["recipe_sha256"] == sha256)
+    return next((one for one in fitting if not with_baselines or "tfidf" in one["baselines"]), None)
 
 
 def right(trials: dict[str, Any], seeds: Sequence[int]) -> Any:
@@ -243,21 +253,20 @@ def main() -> None:
     given = parser.parse_args()
     name, threads = "evidence", max(1, usable_cores() // given.jobs)
     trials: dict[str, Any] = read(name).get("trials", {})
-    for arms in trials.values():
-        for arm in arms:
-            arms[arm] = {seed: one for seed, one in arms[arm].items() if one["recipe_sha256"] == recipe_sha256(arm)}
+    asked = {(one, seed) for one in given.arms.split(",") for seed in range(given.seeds)}
+    missing = []
+    for task in given.tasks.split(","):
+        before, trials[task] = trials.get(task, {}), {}
+        for arm, seed in sorted(asked | {(one, int(seed)) for one in before for seed in before[one]}):
+            files, (recipe, *settings) = data(task, seed, given.keep, given.banking77), ARMS[arm]
+            sha256 = settled_sha256(files.train, recipe, settings, seed)
+            if there := known(before, arm, seed, sha256, with_baselines=arm == "default"):
+                trials[task].setdefault(arm, {})[str(seed)] = there
+            elif (arm, seed) in asked:
+                missing.append((task, arm, seed, sha256, given.keep, files))
     tables = {task: summary(arms) for task, arms in trials.items() if arms.get("default")}
-    missing = [
-        (task, arm, seed)
-        for task in given.tasks.split(",")
-        for seed in range(given.seeds)
-        for arm in given.arms.split(",")
-        if str(seed) not in trials.get(task, {}).get(arm, {})
-    ]
-    for task, _, seed in missing:
-        data(task, seed, given.keep, given.banking77)  # one after another: arms share them
     with ThreadPoolExecutor(given.jobs) as pool:
-        futures = {pool.submit(trial, *one, given.keep, given.banking77, threads): one for one in missing}
+        futures = {pool.submit(trial, *one, threads): one[:3] for one in missing}
         for done in as_completed(futures):
             task, arm, seed = futures[done]
             trials.setdefault(task, {}).setdefault(arm, {})[str(seed)] = done.result()
