@@ -265,6 +265,7 @@ def main() -> None:
             elif (arm, seed) in asked:
                 missing.append((task, arm, seed, sha256, given.keep, files))
     tables = {task: summary(arms) for task, arms in trials.items() if arms.get("default")}
+    write(name, {"tasks": tables, "trials": trials})
     with ThreadPoolExecutor(given.jobs) as pool:
         futures = {pool.submit(trial, *one, threads): one[:3] for one in missing}
         for done in as_completed(futures):
