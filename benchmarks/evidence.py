@@ -270,7 +270,7 @@ def main() -> None:
         futures = {pool.submit(trial, *one, threads): one[:3] for one in missing}
         for done in as_completed(futures):
             task, arm, seed = futures[done]
-            trials.setdefault(task, {}).setdefault(arm, {})[str(seed)] = done.result()
+            trials[task].setdefault(arm, {})[str(seed)] = done.result()
             if trials[task].get("default"):
                 tables[task] = summary(trials[task])
             write(name, {"tasks": tables, "trials": trials})
