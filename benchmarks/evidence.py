@@ -196,7 +196,7 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for_rates = "once" if "once" in found else "default"
     for arm, trials in found.items():
         seeds = sorted(map(int, trials))
-        mean, ci95 = mean_over_seeds(right(trials, seeds).astype(float))
+        mean, ci95 = mean_over_seeds(right(trials, seeds))
         accuracies = [trials[str(seed)]["accuracy"] for seed in seeds]
         kinds = sorted({trial["kind"] for trial in trials.values()})
         lines[arm] = {"seeds": len(seeds), "kinds": kinds, "accuracy": mean, "ci95": ci95, "lowest": min(accuracies)}
@@ -206,8 +206,8 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         other = for_rates if arm.startswith("rate-") else "default"
         both = [seed for seed in seeds if found[other].get(str(seed), {}).get("kind") == kind_of[seed]]
         if arm != other and both:
-            difference, ci95 = paired_over_seeds(right(found[other], both), right(trials, both))
-            lines[arm] |= {"compared_to": other, "difference": difference, "difference_ci95": ci95}
+            against = paired_over_seeds(right(found[other], both), right(trials, both))
+            lines[arm] |= {"compared_to": other, "difference": against.difference, "difference_ci95": against.ci95}
     for name in ("tfidf", "probe"):
         beside = [found["default"][str(seed)]["baselines"][name]["accuracy"] for seed in own]
         lines[name] = {"seeds": len(own), "accuracy": float(np.mean(beside))}

@@ -4,7 +4,7 @@ from scipy.stats import bootstrap
 from sklearn.metrics import f1_score
 
 from trimtab.classification import by_class
-from trimtab.paired import paired, paired_macro_f1, verdict_within
+from trimtab.paired import OverSeeds, mean_over_seeds, paired, paired_macro_f1, paired_over_seeds
 
 
 def answers(right: str) -> np.ndarray:
@@ -106,5 +106,49 @@ def test_p_of_macro_f1_is_that_of_exchanged_answers() -> None:
 
 
 def test_rounding_decides_nothing() -> None:
-    assert verdict_within((-0.6, -2.8e-17), 0.01) == "not resolved"
-    assert verdict_within((6.9e-18, 0.6), 0.01) == "not resolved"
+    assert OverSeeds(-0.3, (-0.6, -2.8e-17), 0).verdict(0.01) == "not resolved"
+    assert OverSeeds(0.3, (6.9e-18, 0.6), 0).verdict(0.01) == "not resolved"
+
+
+@pytest.mark.parametrize(
+    ("ci95", "p", "verdict"),
+    [
+        ((-0.004, 0.006), 0.5, "same within the margin"),
+        ((-0.02, 0.006), 0.5, "not resolved"),
+        ((0.001, 0.02), 0.01, "better"),
+        ((0.001, 0.02), 0.06, "not resolved"),
+        ((-0.02, -0.001), 0.01, "worse"),
+        ((-0.02, -0.001), 0.06, "not resolved"),
+    ],
+)
+def test_verdicts_over_seeds_need_interval_and_p(ci95: tuple[float, float], p: float, verdict: str) -> None:
+    assert OverSeeds(sum(ci95) / 2, ci95, p).verdict(0.01) == verdict
+
+
+@pytest.mark.parametrize("seeds", [2, 4])
+@pytest.mark.parametrize("spread", [0.002, 0.2])
+def test_an_interval_over_few_seeds_misses_no_more_than_it_says(seeds: int, spread: float) -> None:
+    """The rows' share of a method's errors is its own in each seed, by `spread`; both methods are equally good."""
+    rng, missed = np.random.default_rng(5), 0
+    for _ in range(150):
+        shares = 0.8 + spread * rng.uniform(-0.5, 0.5, (2, seeds, 1))
+        first, second = rng.random((2, seeds, 400)) < shares
+        low, high = paired_over_seeds(first, second).ci95
+        missed += not low <= 0 <= high
+    assert missed <= 15  # 5 % are 8, and three standard deviations more
+
+
+def test_means_over_seeds_stay_within_what_can_be() -> None:
+    right = np.ones((2, 50), np.bool_)
+    right[0, :20] = False
+    mean, (low, high) = mean_over_seeds(right)
+    assert (mean, low, high) == (0.8, 0.0, 1.0)
+    one, ends = mean_over_seeds(right[:1])
+    assert (one, *ends) == pytest.approx((0.6, 0.6 - 0.13718, 0.6 + 0.13718), abs=1e-4)  # rows alone, by hand
+
+
+def test_p_over_one_seed_is_that_of_mcnemar() -> None:
+    first, second = answers("x" * 9 + "." + "x" * 20)[None], answers("." * 9 + "x" + "x" * 20)[None]
+    assert paired_over_seeds(first, second).p == pytest.approx(22 / 1024, abs=0.005)
+    repeated = [np.repeat(one, 4, axis=0) for one in (first, second)]
+    assert paired_over_seeds(*repeated).p == pytest.approx(22 / 1024, abs=0.005)  # the same rows say no more

@@ -35,7 +35,7 @@ from trimtab.errors import (
     some,
 )
 from trimtab.machine import available_memory
-from trimtab.paired import mean_over_seeds, paired, paired_over_seeds, verdict_within
+from trimtab.paired import mean_over_seeds, paired_over_seeds
 from trimtab.resolve import Job, resolve
 from trimtab.rundir import RunDir
 
@@ -422,7 +422,7 @@ def _compare(folder: Path, done: dict[str, list[Trial]], plan: Plan) -> dict[str
         answers = [_answers(place) for place in places]
         right[method] = np.stack([one.rows.told == one.rows.truth for one in answers])
         metrics = [_metrics(place) for place in places]
-        mean, ci95 = mean_over_seeds(right[method].astype(np.float64))
+        mean, ci95 = mean_over_seeds(right[method])
         accuracies = right[method].mean(axis=1)
         methods.append(
             {
@@ -444,11 +444,12 @@ def _compare(folder: Path, done: dict[str, list[Trial]], plan: Plan) -> dict[str
     first = next(iter(done))
     for one in methods[1:]:
         ours, theirs = right[one["method"]], right[first]
-        difference, ci95 = paired_over_seeds(ours, theirs)
+        against = paired_over_seeds(ours, theirs)
         one |= {
-            "difference": difference,
-            "difference_ci95": list(ci95),
-            "verdict": verdict_within(ci95, plan.margin, paired(ours[0], theirs[0]).p if plan.seeds == 1 else 0.0),
+            "difference": against.difference,
+            "difference_ci95": list(against.ci95),
+            "difference_p": against.p,
+            "verdict": against.verdict(plan.margin),
         }
     return {"plan": asdict(plan), "test_rows": int(right[first].shape[1]), "methods": methods}
 
