@@ -220,7 +220,7 @@ def test_the_rows_that_decide_were_not_trained_on(compared: tuple[Path, dict[str
     assert 0.1 < len(test) / (len(train) + len(test)) < 0.3
 
 
-def test_full_fine_tuning_moves_the_base_and_the_probe_does_not_need_to(compared: tuple[Path, dict[str, Any]]) -> None:
+def test_full_fine_tuning_learns_and_the_probe_has_no_seeds(compared: tuple[Path, dict[str, Any]]) -> None:
     _, found = compared
     _, head, full = found["methods"]
     assert full["accuracy"] > 0.5
@@ -408,9 +408,28 @@ def test_why_a_trial_failed_is_told_with_its_own_exit_code(
         log.write_text("step 1\nerror [train.diverged]: not finite\n  mend: smaller\n", "utf-8")
         return 6
 
-    monkeypatch.setattr(trials, "_in_a_process", failing)
-    with pytest.raises(DivergedError, match=r"error \[train\.diverged\]: not finite"):
-        trials.train_once(rundir.RunDir(tmp_path / "t"), small(csv_file, bert))
+    for tried in (failing, lambda command, log: pytest.fail("it was trained into divergence again")):
+        monkeypatch.setattr(trials, "_in_a_process", tried)
+        with pytest.raises(DivergedError, match=r"error \[train\.diverged\]: not finite"):
+            trials.train_once(rundir.RunDir(tmp_path / "t"), small(csv_file, bert))
+
+
+def test_a_signal_lets_a_trial_save(csv_file: Path, bert: Path, tmp_path: Path) -> None:
+    """The trial hears it from its parent and ends as it would alone; then the same command goes on."""
+    command = [sys.executable, "-m", "trimtab", "compare", str(csv_file), "--methods", "lora,head", "--base", str(bert)]
+    command += ["--seeds", "1", "--rates", "1", "--set", "train.num_epochs=2000", "--out", str(tmp_path / "out")]
+    begun = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
+    trial = tmp_path / "out" / "trials" / "lora"
+    while not any('"epoch"' in file.read_text("utf-8") for file in trial.glob("*/seed-42/events.jsonl")):
+        assert begun.poll() is None
+        time.sleep(0.05)
+    begun.terminate()
+    _, said = begun.communicate()
+    assert begun.returncode == 75, said
+    (log,) = trial.glob("*/seed-42.log")
+    assert "stopped by SIGTERM; go on with" in log.read_text("utf-8")
+    last = json.loads((log.with_suffix("") / "events.jsonl").read_text("utf-8").splitlines()[-1])
+    assert last["event"] == "checkpoint"
 
 
 def test_flags_that_belong_elsewhere_are_refused(runs: list[Path], csv_file: Path) -> None:

@@ -363,20 +363,28 @@ def train_once(place: RunDir, layered: Layered) -> dict[str, Any]:
 
 
 def _finish(place: RunDir, arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs a module of Python's to the end, with a log beside its folder."""
-    log = place.path.with_name(f"{place.path.name}.log")
+    """Runs a module of Python's to the end, with a log beside its folder; what diverged before is not tried again."""
+    log, mark = (place.path.with_name(f"{place.path.name}.{what}") for what in ("log", "diverged"))
+    if mark.is_file():
+        raise _failed(place, DivergedError.exit_code, mark.read_text("utf-8"), log)
     before = log.stat().st_size if log.exists() else 0
     code = _in_a_process([sys.executable, "-P", "-m", *arguments], log)
-    if code != 0 or not place.metrics.is_file():
-        said = log.read_bytes()[before:].decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
-        reason = next((line for line in reversed(said) if line.startswith("error [")), said[-1])
-        raise _ERRORS.get(code, ArtefactError)(
-            "trial.failed",
-            f"The training {place.path.name} ended with exit code {code}: {reason}",
-            where=str(log),
-            mend="mend what it says and give the same command again: what has finished is not repeated",
-        )
-    return _metrics(place)
+    if code == 0 and place.metrics.is_file():
+        return _metrics(place)
+    said = log.read_bytes()[before:].decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
+    reason = next((line for line in reversed(said) if line.startswith("error [")), said[-1])
+    if code == DivergedError.exit_code:
+        durable.replace(mark, reason.encode())
+    raise _failed(place, code, reason, log)
+
+
+def _failed(place: RunDir, code: int, reason: str, log: Path) -> TrimtabError:
+    return _ERRORS.get(code, ArtefactError)(
+        "trial.failed",
+        f"The training {place.path.name} ended with exit code {code}: {reason}",
+        where=str(log),
+        mend="mend what it says and give the same command again: what has finished is not repeated",
+    )
 
 
 _ERRORS: dict[int, type[TrimtabError]] = {
@@ -408,9 +416,18 @@ def _damaged(place: RunDir, what: str) -> ArtefactError:
 
 
 def _in_a_process(command: Sequence[str], log: Path) -> int:
-    """Runs a command to its end and returns its exit code; so a trial's memory and processor time are its own."""
-    with log.open("ab") as stream:
-        return subprocess.run(command, stdout=stream, stderr=stream, check=False).returncode
+    """Runs a command to its end and returns its exit code; so a trial's memory and processor time are its own.
+
+    Raises:
+        Interrupted: a signal asked to stop; it was passed on, and the trial has saved what it can go on from.
+    """
+    with log.open("ab") as stream, subprocess.Popen(command, stdout=stream, stderr=stream) as process:
+        try:
+            return process.wait()
+        except interrupts.Interrupted:
+            process.terminate()  # a second Ctrl-C reaches it too: terminal and handlers end both at once
+            process.wait()
+            raise
 
 
 def _compare(folder: Path, done: dict[str, list[Trial]], plan: Plan) -> dict[str, Any]:
