@@ -53,6 +53,7 @@ def test_names_that_say_something_are_training_rows(tmp_path: Path, sentence_ber
         (("0", "1"), {}, []),
         (("0", "1"), {"0": "差/bad plot", "1": "好/good plot"}, [("bad plot", "0"), ("good plot", "1")]),
         (("film a", "film_a"), {}, []),  # the same words
+        (("0", "1"), {"0": "good_film/Good film!", "1": "bad/bad"}, [("good film", "0"), ("bad", "1")]),
         (("LABEL_0", "LABEL_1"), {}, []),
         (("日本 語", "film"), {}, [("film", "film")]),  # of characters that the base does not know
     ],

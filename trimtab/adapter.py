@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from trimtab import durable, tokens, untrusted
-from trimtab.classification import LANGUAGES, Labels, compute_logits
+from trimtab.classification import NAME_LANGUAGES, Labels, compute_logits
 from trimtab.config import Keep, LoraSettings, RuntimeSettings
 from trimtab.errors import ArtefactError, BaseModelError, some
 from trimtab.fast import encoder
@@ -129,7 +129,7 @@ def write(
             "labels": [
                 {
                     "label": value,
-                    **({"names": {lang: labels.name(i, lang) for lang in LANGUAGES}} if labels.names else {}),
+                    **({"names": {lang: labels.name(i, lang) for lang in NAME_LANGUAGES}} if labels.names else {}),
                 }
                 for i, value in enumerate(labels.values)
             ],
@@ -186,7 +186,7 @@ def read(folder: Path, shared: Tokenizer | None = None) -> Adapter:
         values = tuple(item["label"] for item in meta["labels"])
         # A name that is the same in every language was given once.
         names = tuple(
-            "/".join(dict.fromkeys(item["names"][lang] for lang in LANGUAGES))
+            "/".join(dict.fromkeys(item["names"][lang] for lang in NAME_LANGUAGES))
             for item in meta["labels"]
             if "names" in item
         )

@@ -15,7 +15,8 @@ from trimtab.errors import DivergedError, RecipeError, did_you_mean, some
 from trimtab.forward import Forward
 from trimtab.tokens import Encoded
 
-LANGUAGES = ("zh", "en")
+NAME_LANGUAGES = ("zh", "en")
+"""In the order in which a display name such as 差评/negative holds them."""
 
 
 LONGEST_SERVED_LABEL = 200
@@ -43,7 +44,9 @@ class Labels:
         if not self.names or self.names[i] == self.values[i]:  # not named: a label may hold a slash of its own
             return self.values[i]
         parts = self.names[i].split("/")
-        return parts[LANGUAGES.index(language)] if language and len(parts) == len(LANGUAGES) else self.names[i]
+        return (
+            parts[NAME_LANGUAGES.index(language)] if language and len(parts) == len(NAME_LANGUAGES) else self.names[i]
+        )
 
     def shown(self, label: str, language: str = "") -> str:
         """The display name of a label; what is none of the labels, such as `unsure`, is shown as it stands."""

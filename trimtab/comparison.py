@@ -10,10 +10,12 @@ import numpy as np
 
 from trimtab import predictions
 from trimtab.classification import Labels, metrics
-from trimtab.errors import ArtefactError, RecipeError, did_you_mean, some
+from trimtab.errors import ArtefactError, RecipeError, did_you_mean, plain, some
 from trimtab.paired import Difference, paired, paired_macro_f1
 from trimtab.predictions import Stored
 from trimtab.rundir import RunDir, locate, not_ended
+
+_LONGEST_LABEL, _LONGEST_TEXT = 40, 100  # characters that a line shows
 
 METRICS = ("accuracy", "macro_f1")
 
@@ -207,14 +209,17 @@ def _against_lines(one: dict[str, Any], first: str, metric: str, shown: int) -> 
     ]
     classes = sorted(one["per_class"].items(), key=lambda item: -abs(item[1]["f1"]))
     moved = [(label, by) for label, by in classes if by["f1"] or by["recall"]]
-    lines += [f"  {label}: F1 {by['f1']:+.3f}, recall {by['recall']:+.3f}" for label, by in moved[:shown]]
+    lines += [
+        f"  {plain(label, _LONGEST_LABEL)}: F1 {by['f1']:+.3f}, recall {by['recall']:+.3f}"
+        for label, by in moved[:shown]
+    ]
     if len(moved) > shown:
         lines.append(f"  and {len(moved) - shown:,} labels that moved less")
     changed = one["changed"]
     lines.append(f"  {len(changed):,} rows are answered otherwise" + (":" if changed else ""))
     for row in changed[:shown]:
-        text = " ".join(row["text"].split())
-        lines.append(f"    {row['label']}: {row['before']} -> {row['after']}  {text[:100]}")
+        label, before, after = (plain(row[key], _LONGEST_LABEL) for key in ("label", "before", "after"))
+        lines.append(f"    {label}: {before} -> {after}  {plain(' '.join(row['text'].split()), _LONGEST_TEXT)}")
     if len(changed) > shown:
         lines.append(f"    and {len(changed) - shown:,} more: --json has them all")
     return lines

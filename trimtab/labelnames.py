@@ -7,9 +7,10 @@ With 10 rows a label they are worth about a point of accuracy to an adapter, and
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import product
 
 from trimtab import tokens
-from trimtab.classification import LANGUAGES, Labels
+from trimtab.classification import NAME_LANGUAGES, Labels
 from trimtab.data import Example, reduced
 from trimtab.tokens import Tokenizer
 
@@ -25,19 +26,18 @@ def rows(labels: Labels, texts: Iterable[str], tokenizer: Tokenizer) -> list[Exa
     Left out are names of signs and single letters, such that a digit alone tells from another (LABEL_0), such that
     the base does not know, and `texts`, which are trained on or judged already.
     """
-    named = [
-        (i, _words(name))
-        for i in range(len(labels))
-        for name in dict.fromkeys(labels.name(i, language) for language in LANGUAGES)
-    ]
-    without_digits = Counter(key for _, key in {(i, _without_digits(name)) for i, name in named})
+    named: dict[tuple[int, str], str] = {}  # the first spelling of each
+    for i, language in product(range(len(labels)), NAME_LANGUAGES):
+        name = _words(labels.name(i, language))
+        named.setdefault((i, reduced(name)), name)
+    without_digits = Counter(key for _, key in {(i, _without_digits(name)) for (i, _), name in named.items()})
     taken = {reduced(text) for text in texts}
     says = [
         (i, name)
-        for i, name in named
+        for (i, key), name in named.items()
         if re.match(r"\w.*[^\W\d_]{2}|[^\W\d_]{2}", name)
         and without_digits[_without_digits(name)] == 1
-        and reduced(name) not in taken
+        and key not in taken
     ]
     unknown = tokens.unknown_tokens(tokens.encode([name for _, name in says], tokenizer, _WHOLE), tokenizer)
     return [
