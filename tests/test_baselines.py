@@ -96,8 +96,8 @@ def test_evaluation_of_a_run_tells_the_rows_that_it_was_trained_on(told: tuple[P
     found = trimtab.evaluate(run, mixed)
     assert (found["overlap_rows"], found["clean"]["eval_rows"]) == (20, 10)
     said = "\n".join(report.score_lines(found))
-    assert "on the 10 rows that are in no training file" in said
-    assert "20 of these rows stand in the training file too" in said
+    assert "on the 10 rows that are in no other file of the run" in said
+    assert "20 of these rows stand in the run's own files too" in said
     assert "overlap_rows" not in trimtab.evaluate(run / "adapter", mixed)
 
 

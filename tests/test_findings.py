@@ -162,6 +162,10 @@ class TestRepeat:
             paths = {"train", "test"} if section == "data" else set()
             assert getattr(again, section).model_dump(exclude=paths) == getattr(some, section).model_dump(exclude=paths)
 
+    def test_an_adapter_to_start_from_is_in_the_command(self) -> None:
+        words = shlex.split(sample(recipe=recipe(lora__init_from="/home/a/runs/films")).repeat.command)
+        assert words[words.index("lora.init_from=films") - 1] == "--set"
+
     def test_only_settings_that_differ_are_told(self) -> None:
         told = {key for key, _, _ in sample(recipe=recipe(lora__r=16)).repeat.settings}
         assert "lora.r" in told

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_training import small
 from typer.testing import CliRunner
 
-from trimtab import cli, config, data, preflight, training
+from trimtab import cli, config, data, evaluation, preflight, training
 from trimtab.classification import class_weights
 from trimtab.data import Example
 from trimtab.resolve import resolve
@@ -64,6 +64,22 @@ def test_overlap_is_told_row_by_row() -> None:
     }
 
 
+def test_test_rows_are_no_judge_where_they_chose() -> None:
+    train, judged, test = (
+        data.Rows(rows(*pairs), [], "text", "label", [])
+        for pairs in (
+            [("a film", "b")],
+            [("more", "a"), ("A film!", "b")],
+            [("More.", "a"), ("a film", "b"), ("c", "b")],
+        )
+    )
+    found = preflight.known_rows(
+        {"train": train, "eval": judged, "test": test},
+        {"train": train.examples, "eval": judged.examples[1:], "test": test.examples},
+    )
+    assert found["test"].tolist() == [True, True, False]
+
+
 WORDS = st.sampled_from(["a", "A!", "b", "c", "d", "e e", "ee", "f"])
 
 
@@ -108,6 +124,23 @@ def test_the_headline_is_given_on_clean_rows_too(overlapping: tuple[Path, Path],
     report = json.loads((run.path / "data_report.json").read_text("utf-8"))
     assert report["test"]["overlap_rows"] == 10
     assert any("10 of the test rows stand in the training file too" in text for text in told)
+    report_page = run.report.read_text("utf-8")
+    assert "but 10 of them stand in the files that the run was trained or chosen on" in report_page
+    assert "nothing was chosen on them" not in report_page
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_that_chose_do_not_pass_for_unseen(overlapping: tuple[Path, Path], bert: Path, tmp_path: Path) -> None:
+    train, judged = overlapping
+    told: list[str] = []
+    run = training.train(
+        small(train, bert, data__eval=(str(judged),), data__test=(str(judged),)),
+        out=str(tmp_path / "run"),
+        observe=lambda event: told.append(str(event.get("text", ""))),
+    )
+    assert run.metrics["overlap_rows"] == 40
+    assert any("40 of the test rows stand in the training or evaluation file too" in text for text in told)
+    assert evaluation.evaluate(run.path, [str(judged)])["overlap_rows"] == 40
 
 
 def test_rows_that_were_not_drawn_count_as_training_rows(overlapping: tuple[Path, Path], bert: Path) -> None:
@@ -125,7 +158,7 @@ def test_data_check_tells_and_writes_nothing(overlapping: tuple[Path, Path], ber
     assert done.exit_code == 0, done.output
     lines = {line[:16].strip(): line[16:].split() for line in done.stdout.splitlines() if not line.startswith("!")}
     assert lines["rows in"] == ["96", "40"]
-    assert lines["in training too"] == ["-", "10"]
+    assert lines["known before"] == ["-", "10"]
     assert "! 10 of the eval rows stand in the training file too" in done.stdout
     found = json.loads(CliRunner().invoke(cli.app, [*command, "--json"]).stdout)
     assert found["eval"]["overlap_rows"] == 10
@@ -175,3 +208,13 @@ def test_with_every_row_in_the_training_file_no_fair_score_is_promised(bert: Pat
     file = str(write_csv(tmp_path / "a.csv", reviews(40)))
     job = resolve(config.assemble(flags={"data.train": (file,), "data.eval": (file,), "base.model": str(bert)}))
     assert any("none is left for a fair score" in warning for warning in job.warnings)
+
+
+def test_more_tokens_are_advised_up_to_what_the_base_takes(bert: Path, tmp_path: Path) -> None:
+    long = write_csv(tmp_path / "long.csv", [(f"{text} {'film ' * 600}", label) for text, label in reviews(40)])
+    most = resolve(small(long, bert, data__max_length=512)).recipe.data.max_length
+    for length, advised in ((8, True), (most, False)):
+        (told,) = [
+            line for line in resolve(small(long, bert, data__max_length=length)).warnings if "are cut at" in line
+        ]
+        assert (f"--set data.max_length={most} reads more" in told) == advised

@@ -53,10 +53,11 @@ def lasting(metrics: Mapping[str, Any]) -> dict[str, Any]:
 class TestRepeat:
     def test_the_recipe_of_a_run_repeats_it_to_the_byte(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         first = training.train(small(csv_file, bert), out=str(tmp_path / "a"))
-        again = training.train(config.load_recipe(str(first.path / "recipe.toml")), out=str(tmp_path / "b"))
+        recipe = str(first.path / "recipe.toml")
+        again = training.train(config.load_recipe(recipe), out=str(tmp_path / "b"))
         assert contents(first.adapter) == contents(again.adapter)
         assert lasting(first.metrics) == lasting(again.metrics)
-        assert (first.path / "recipe.toml").read_text().replace("/a", "") != ""
+        assert config.load_recipe(str(again.path / "recipe.toml")).recipe == config.load_recipe(recipe).recipe
         other = training.train(small(csv_file, bert, train__seed=7), out=str(tmp_path / "c"))
         assert contents(first.adapter) != contents(other.adapter), "the seed must reach the weights"
 
@@ -339,7 +340,7 @@ class TestLoop:
         for one, two in zip(whole.metrics["evaluations"], halves.metrics["evaluations"], strict=True):
             assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
 
-    def test_divergence_keeps_the_weights_and_suggests_a_rate(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
+    def test_divergence_suggests_a_rate(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
         with pytest.raises(DivergedError, match="learning_rate="):
             training.train(
                 small(csv_file, bert, train__learning_rate=1e30, train__num_epochs=20), out=str(tmp_path / "run")
@@ -432,7 +433,7 @@ class TestLoop:
         with pytest.raises(ResourceError, match=r"writes up to \d+ MB, and 1 MB are free") as refused:
             training.train(small(csv_file, bert), out=str(tmp_path / "deep" / "run"))
         assert refused.value.code == "disk.too_little"
-        assert asked == [tmp_path]
+        assert set(asked) == {tmp_path}
         assert not (tmp_path / "deep").exists()
 
     def test_a_used_out_is_refused_untouched(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
@@ -440,6 +441,12 @@ class TestLoop:
         (tmp_path / "mine" / "thesis.txt").write_text("years of work")
         with pytest.raises(RecipeError, match="not empty"):
             training.train(small(csv_file, bert), out=str(tmp_path / "mine"))
+        with pytest.raises(RecipeError, match="not empty"):
+            training.train(
+                small(csv_file, bert, train__learning_rate="search"),
+                out=str(tmp_path / "mine"),
+                observe=lambda event: pytest.fail(f"searched first: {event}"),
+            )
         assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
     def test_bad_rows_leave_no_run_behind(self, csv_file: Path, bert: Path, tmp_path: Path) -> None:
@@ -596,4 +603,3 @@ def test_dropout_seeds_differ_from_batch_to_batch() -> None:
     seeds = {loop.dropout_seed(seed, batch) for seed in range(20) for batch in range(200)}
     assert len(seeds) == 4_000
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert not math.isnan(sum(seeds))

@@ -69,5 +69,14 @@ def test_without_a_baseline_the_verdict_is_the_score() -> None:
     assert wording.standing(alone) == ""
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_baselines_that_were_not_computed_are_missed(language: str) -> None:
+    found = sample()
+    alone = replace(found, contenders=(found.contenders[0], found.contenders[-1]))
+    missed = wording.say("no_baselines_note", language)
+    assert missed in wording.notes(alone, language)
+    assert missed not in wording.notes(found, language)
+
+
 def test_durations() -> None:
     assert [wording.duration(s) for s in (0.4, 59.4, 200, 7_500)] == ["0 s", "59 s", "3 min 20 s", "2 h 5 min"]

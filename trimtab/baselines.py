@@ -31,6 +31,9 @@ _BACKWARD = 2  # forwards that a backward is worth
 _NO_SPACES = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]{{2,}}"
 
+FAILURES = (ArithmeticError, MemoryError, RuntimeError, ValueError)
+"""What may go wrong in `compute`, and costs nobody the adapter or its scores."""
+
 
 @dataclass(frozen=True)
 class Baseline:

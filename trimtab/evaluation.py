@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab import adapter, baselines, data, predictions
+from trimtab import adapter, baselines, data, predictions, preflight
 from trimtab.build import make_ready
 from trimtab.classification import metrics, without_known
 from trimtab.config import Recipe, RuntimeSettings, recipe_of_run
-from trimtab.data import Example, reduced
+from trimtab.data import Rows
 from trimtab.errors import TrimtabError
 from trimtab.machine import peak_rss_bytes
 from trimtab.predict import load
-from trimtab.resolve import Part, resolve
+from trimtab.resolve import Part, read_rows, resolve
 from trimtab.rundir import RunDir, adapter_in, locate
 from trimtab.tokens import Encoded
 
@@ -65,7 +65,8 @@ def evaluate(
         The keys of metrics.json: eval_rows, accuracy, accuracy_ci95, macro_f1, per_class, loss and ece (of the scores
         that `predict` gives; of the model's own under `raw_scores`), temperature, majority_accuracy, baselines,
         rows_cut, rows_skipped, rows_per_s, total_seconds, peak_rss_bytes; baselines_missing, why there are no more;
-        of a run overlap_rows, whose texts stand in its training file, and clean, the headline without them.
+        of a run overlap_rows, whose texts stand in its training or evaluation files, and clean, the headline without
+        them.
 
     Raises:
         DataError, ArtefactError, BaseModelError: as `load` and the reading of files do.
@@ -81,7 +82,7 @@ def evaluate(
     temperature = 1.0 if raw_scores else classifier.adapter.temperature
     return metrics(logits / np.float32(temperature), encoded.labels, classifier.labels.values) | {
         "temperature": temperature,
-        **_beside(RunDir(locate(path)), rows.examples, encoded, logits, base),
+        **_beside(RunDir(locate(path)), rows, encoded, logits, base),
         "rows_cut": int(encoded.truncated.sum()),
         "rows_skipped": len(rows.rejects),
         "rows_per_s": len(encoded) / max(seconds, 1e-9),
@@ -91,31 +92,29 @@ def evaluate(
 
 
 def _beside(
-    run: RunDir, examples: list[Example], encoded: Encoded, logits: npt.NDArray[np.float32], base: str | None
+    run: RunDir, rows: Rows, encoded: Encoded, logits: npt.NDArray[np.float32], base: str | None
 ) -> dict[str, Any]:
     """What a run that still has its training rows says beside a score on other rows: those it knows, and baselines."""
     found: dict[str, baselines.Baseline] = {}
-    missing, rows = "an adapter alone does not know the rows that it was trained on", 0
+    missing, learned_from = "an adapter alone does not know the rows that it was trained on", 0
     overlap: dict[str, Any] = {}
     if run.recipe.is_file():
         try:
             layered = recipe_of_run(run.recipe)
             job = resolve(layered.override({"base.model": base}, "--base") if base else layered)
-            its_own = [*job.train.examples, *([] if job.recipe.data.eval else job.eval.examples)]
-            texts = {reduced(example.text) for example in its_own}
-            known = np.array([reduced(example.text) in texts for example in examples], np.bool_)
+            known = preflight.known_rows({**read_rows(job.recipe), "test": rows}, {"test": rows.examples})["test"]
             overlap = without_known(logits, encoded.labels, known, job.labels.values)
             missing = "the recipe leaves them out (train.baselines)"
             if job.recipe.train.baselines:
                 ready = make_ready(job)
                 then = json.loads(run.metrics.read_text("utf-8"))
                 epochs, learned = len(then["evaluations"]), job.final if then.get("refit_rows") else job
-                scored = Part(examples, encoded, known)
+                scored = Part(rows.examples, encoded, known)
                 found = baselines.compute(learned, scored, ready.engine.vectors, ready.model, epochs)
-                missing, rows = "", len(learned.train.examples)
-        except (TrimtabError, OSError, ValueError, KeyError, TypeError) as error:
+                missing, learned_from = "", len(learned.train.examples)
+        except (TrimtabError, OSError, KeyError, TypeError, *baselines.FAILURES) as error:
             missing = f"they could not be computed again: {error.what if isinstance(error, TrimtabError) else error}"
-    told = overlap | {"baselines": baselines.against(logits, encoded.labels, found, rows)}
+    told = overlap | {"baselines": baselines.against(logits, encoded.labels, found, learned_from)}
     return told | ({"baselines_missing": missing} if missing else {})
 
 

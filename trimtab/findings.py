@@ -97,8 +97,10 @@ class Headline:
     refit_rows: int = 0
     """That the adapter was trained on once more in the end, those kept for evaluation among them; 0: it was not."""
     clean_rows: int = 0
-    """Rows whose texts stand in no training file, where others do; 0: all or none of them."""
+    """Rows whose texts stand in no other file of the run, where others do; 0: all or none of them."""
     clean_accuracy: float = 0.0
+    overlap_rows: int = 0
+    """Rows whose texts stand in a file that taught or chose before."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,6 @@ class Example:
     answer: int
     confidence: float
     """Probability of the answer."""
-    own: float
-    """Probability of the label."""
 
 
 @dataclass(frozen=True)
@@ -411,6 +411,7 @@ def _headline(metrics: Mapping[str, Any]) -> Headline:
         refit_rows=metrics.get("refit_rows", 0),
         clean_rows=clean.get("eval_rows", 0),
         clean_accuracy=clean.get("accuracy", 0.0),
+        overlap_rows=metrics.get("overlap_rows", 0),
     )
 
 
@@ -478,14 +479,13 @@ def _weakest(classes: Sequence[ClassScore]) -> list[ClassScore]:
 
 
 def _example(scored: Scored, row: int, answers: Ints, longest: int) -> Example:
-    probabilities, answer, label = scored.answered[row], int(answers[row]), int(scored.labels[row])
+    answer, label = int(answers[row]), int(scored.labels[row])
     return Example(
         shown(scored.texts[row], longest),
         shown(scored.places[row], _LONGEST_NAME),
         label,
         answer,
-        float(probabilities[answer]),
-        float(probabilities[label]),
+        float(scored.answered[row, answer]),
     )
 
 
@@ -705,6 +705,8 @@ def _repeat(recipe: Recipe, base: str, environment: Mapping[str, Any], run: str)
         flags += [word for file in files for word in (f"--{role}", PurePath(file).name)]
     if base != Recipe().base.model:
         flags += ["--base", base]
+    if recipe.lora.init_from:
+        flags += ["--set", f"lora.init_from={PurePath(recipe.lora.init_from).name}"]
     flags += [word for key, (value, _) in differ.items() for word in ("--set", f"{key}={value}")]
     command = shlex.join(flags)
     from_run = shlex.join(["trimtab", "train", "--recipe", str(PurePath(run) / "recipe.toml")])

@@ -44,17 +44,21 @@ def repeats(examples: Sequence[Example]) -> Repeats:
     return Repeats(len(examples) - len(pairs), len(conflicting), next(iter(conflicting.values()), None))
 
 
-def known_rows(rows: Mapping[str, Rows], parts: Mapping[str, Sequence[Example]]) -> dict[str, npt.NDArray[np.bool_]]:
-    """For each part, bool[n]: whether a row's text stands in the training file too; False for the training rows.
+_BEFORE = {"train": (), "eval": ("train",), "test": ("train", "eval")}
+"""For each role, those whose files teach or choose before it: it is no judge of what stands there."""
 
-    Against the whole file where there is one: a row that was not drawn this time may have been before.
+
+def known_rows(rows: Mapping[str, Rows], parts: Mapping[str, Sequence[Example]]) -> dict[str, npt.NDArray[np.bool_]]:
+    """For each part, bool[n]: whether a row's text stands in a file that taught or chose before; False in training.
+
+    Against whole files: a row that was not drawn this time may have been before.
     """
-    found = {"train": np.zeros(len(parts["train"]), np.bool_)}
-    whole = {reduced(example.text) for example in rows["train"].examples}
-    for role in (role for role in parts if role != "train"):
+    found = {}
+    for role, examples in parts.items():
         # Our own split never parts what is the same, so its two sides know nothing of each other.
-        flags = [role in rows and reduced(example.text) in whole for example in parts[role]]
-        found[role] = np.array(flags, np.bool_)
+        files = [rows[before] for before in _BEFORE[role] if before in rows and role in rows]
+        texts = {reduced(example.text) for part in files for example in part.examples}
+        found[role] = np.array([bool(texts) and reduced(example.text) in texts for example in examples], np.bool_)
     return found
 
 
@@ -111,9 +115,9 @@ def warnings(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 rest = "and they choose the epoch"
             elif one["overlap_rows"] < one["rows_used"]:
                 rest = "and the score without them is given beside"
-            lines.append(
-                f"{one['overlap_rows']:,} {where} stand in the training file too: scores on them are too good, {rest}"
-            )
+            chose = role == "test" and not isinstance(found["eval"]["files"], str)
+            files = "the training or evaluation file" if chose else "the training file"
+            lines.append(f"{one['overlap_rows']:,} {where} stand in {files} too: scores on them are too good, {rest}")
     largest, smallest = max(counts.values()), max(1, min(counts.values()))
     if largest > 3 * smallest:
         lines.append(

@@ -5,6 +5,10 @@ from typing import Any
 
 from rich.cells import cell_len
 
+from trimtab.errors import plain
+
+_LONGEST_LABEL = 40  # characters that a line shows
+
 
 def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
     """The parameter report for people; `parameters` is `Parameters.as_dict()`."""
@@ -31,7 +35,7 @@ def score_line(scores: Mapping[str, Any]) -> str:
         f"macro F1 {scores['macro_f1']:.3f}; always answering the commonest label: {scores['majority_accuracy']:.3f}"
         + "".join(f", {BASELINES[name]}: {accuracy:.3f}" for name, accuracy in beside.items())
         + (
-            f"; on the {clean['eval_rows']:,} rows that are in no training file: {clean['accuracy']:.3f}"
+            f"; on the {clean['eval_rows']:,} rows that are in no other file of the run: {clean['accuracy']:.3f}"
             if clean
             else ""
         )
@@ -71,10 +75,11 @@ def calibration_lines(scores: Mapping[str, Any]) -> list[str]:
 
 def score_lines(scores: Mapping[str, Any]) -> list[str]:
     """The scores of an evaluation for people, class by class."""
-    width = max(cell_len(label) for label in scores["per_class"])
+    names = {label: plain(label, _LONGEST_LABEL) for label in scores["per_class"]}
+    width = max(map(cell_len, names.values()))
     lines = [score_line(scores), *verdict_lines(scores), f"{'':<{width}}  precision  recall     f1      rows"]
     for label, one in scores["per_class"].items():
-        shown = label + " " * (width - cell_len(label))
+        shown = names[label] + " " * (width - cell_len(names[label]))
         lines.append(f"{shown}  {one['precision']:9.3f}  {one['recall']:6.3f}  {one['f1']:5.3f}  {one['rows']:8,}")
     lines.append(
         f"scores: calibration error {scores['ece']:.3f}, loss {scores['loss']:.3f} "
@@ -84,7 +89,7 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
         lines.append(f"{scores['rows_cut']:,} texts were cut: the model did not see all of them")
     if scores.get("overlap_rows"):
         lines.append(
-            f"! {scores['overlap_rows']:,} of these rows stand in the training file too: scores on them are too good"
+            f"! {scores['overlap_rows']:,} of these rows stand in the run's own files too: scores on them are too good"
         )
     if scores.get("rows_skipped"):
         lines.append(f"{scores['rows_skipped']:,} rows were set aside")
@@ -139,7 +144,7 @@ def data_lines(data_report: Mapping[str, Any], *, whole: bool = True) -> list[st
         ("commonest label", [f"{found[role]['majority_share']:.1%}" for role in roles]),
         ("duplicates", [_number(found[role]["duplicate_rows"]) for role in roles]),
         ("several labels", [_number(found[role]["conflicting_texts"]) for role in roles]),
-        ("in training too", [_number(found[role].get("overlap_rows")) for role in roles]),
+        ("known before", [_number(found[role].get("overlap_rows")) for role in roles]),
         ("texts cut", [f"{found[role]['rows_cut'] / found[role]['rows_used']:.1%}" for role in roles]),
         ("tokens cut", [f"{_share(found[role]):.1%}" for role in roles]),
     ]

@@ -60,7 +60,7 @@ class Part:
     examples: list[Example]
     encoded: Encoded
     known: npt.NDArray[np.bool_]
-    """bool[n]: whether a row's text stands in the training file too; all False for the training rows."""
+    """bool[n]: whether a row's text stands in a file that taught or chose before; all False for the training rows."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def resolve(layered: Layered) -> Job:
         RecipeError, DataError, BaseModelError: with file, line or setting, and the mend.
     """
     recipe = layered.recipe
-    rows = _read(recipe)
+    rows = read_rows(recipe)
     values = data.check_classes(rows["train"].examples)
     labels = make_labels(values, recipe.data.names)
     parts = _draw(recipe, rows)
@@ -184,7 +184,7 @@ def resolve(layered: Layered) -> Job:
     found_rows = preflight.report(rows, parts, known, labels.values)
     found_rows["train"]["label_names"] = len(named)
     _with_tokens(found_rows, rows, as_read)
-    warnings = _warnings(rows, texts, tokenizer, as_read["train"].encoded, max_length, recipe.data.keep, parts)
+    warnings = _warnings(rows, texts, tokenizer, as_read["train"].encoded, max_length, limit, recipe.data.keep, parts)
     warnings += preflight.warnings(found_rows)
     if first and "eval" not in rows:
         warnings.append(
@@ -214,8 +214,12 @@ def resolve(layered: Layered) -> Job:
     )
 
 
-def _read(recipe: Recipe) -> dict[str, Rows]:
-    """The rows of each role that the recipe names; evaluation and test files have the training file's columns."""
+def read_rows(recipe: Recipe) -> dict[str, Rows]:
+    """The rows of each role that the recipe names; evaluation and test files have the training file's columns.
+
+    Raises:
+        RecipeError, DataError: with file, line or setting, and the mend.
+    """
     settings = recipe.data
     if not settings.train:
         raise RecipeError(
@@ -444,6 +448,7 @@ def _warnings(
     tokenizer: Tokenizer,
     train: Encoded,
     max_length: int,
+    limit: int,
     keep: Keep,
     parts: dict[str, list[Example]],
 ) -> list[str]:
@@ -460,11 +465,11 @@ def _warnings(
     if script := tokens.foreign_script(texts, tokenizer):
         found.append(script)
     if (cut := float(np.mean(train.truncated))) > 0.01:
-        share = 1 - len(train.ids) / int(train.full_lengths.sum())
+        share, more = 1 - len(train.ids) / int(train.full_lengths.sum()), min(limit or 512, 512)
         found.append(
             f"{cut:.1%} of the training texts are cut at {max_length} tokens ({share:.1%} of all tokens are lost, "
             f"{'in the middle' if keep == 'ends' else 'at the end'})"
-            + (": --set data.max_length=512 reads more and takes longer" if max_length < 512 else "")
+            + (f": --set data.max_length={more} reads more and takes longer" if max_length < more else "")
         )
     if (eval_rows := len(parts["eval"])) < _FEW_ROWS:
         found.append(f"only {eval_rows} rows judge this run, so its score is a rough one; more rows, or --eval FILE")

@@ -142,6 +142,7 @@ def _train(layered: Layered, out: str | None, budget: str, observe: Observer) ->
             where="train.learning_rate",
             mend="--set train.learning_rate=auto; or leave --budget out",
         )
+    rundir.check(out)
     layered = search.find_rate(layered, lambda line: observe({"event": "search", "text": line}))
     planned = plan(layered, budget)
     job = planned.ready.job
@@ -436,7 +437,7 @@ def _run(
     if job.recipe.train.baselines:
         try:
             simpler = baselines.compute(of_scored, scored, engine.vectors, model, len(progress.evaluations))
-        except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:  # no reason to lose the adapter
+        except baselines.FAILURES as error:
             scores["baselines_missing"] = f"they could not be computed: {type(error).__name__}: {error}"
             tell("warning", text=f"baselines could not be computed: {type(error).__name__}: {error}")
     scores["baselines"] = baselines.against(logits, scored.encoded.labels, simpler, len(of_scored.train.examples))

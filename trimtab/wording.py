@@ -36,13 +36,16 @@ _EN = {
     "eval_rows": "evaluation rows",
     "macro_f1_is": "Macro F1 {macro_f1}, mean loss {loss}, after epoch {epoch}.",
     "test_note": "The test rows were scored once, at the end: nothing was chosen on them.",
+    "known_test_note": "The test rows were scored once, at the end, but {rows} of them stand in the files that the run "
+    "was trained or chosen on.",
+    "no_baselines_note": "What simpler methods come to was not computed: the commonest label alone stands beside.",
     "refit_test_note": "After the epoch was chosen, the adapter was trained once more, on {rows} rows: those "
     "kept for evaluation too.",
     "refit_eval_note": "After the epoch was chosen, the adapter was trained once more, on {rows} rows: these too. "
     "The scores here are of the model before that, which had not learned from them.",
     "eval_note": "These rows also chose the epoch, so the score leans to the good side; rows that nobody looks at "
     "before the end go to --test.",
-    "clean_note": "On the {rows} rows whose texts stand in no training file: accuracy {accuracy}.",
+    "clean_note": "On the {rows} rows whose texts stand in no other file of the run: accuracy {accuracy}.",
     "adapter": "adapter",
     "probe": "probe",
     "tfidf": "TF-IDF",
@@ -150,7 +153,7 @@ _EN = {
     "majority_share": "share of the commonest label",
     "duplicates": "rows that repeat another",
     "conflicts": "texts with several labels",
-    "overlap": "rows that training knows",
+    "overlap": "rows known before",
     "tokens": "tokens",
     "texts_cut": "texts cut",
     "tokens_cut": "tokens cut",
@@ -222,11 +225,13 @@ _ZH = {
     "eval_rows": "评估行",
     "macro_f1_is": "宏平均 F1 为 {macro_f1}，平均损失 {loss}，取自第 {epoch} 轮之后。",
     "test_note": "测试行只在最后计分一次，没有任何选择依据过它们。",
+    "known_test_note": "测试行只在最后计分一次，但其中 {rows} 行也出现在训练或选择所用的文件里。",
+    "no_baselines_note": "没有计算更简单的方法能做到多少：旁边只有最常见标签。",
     "refit_test_note": "选定轮次之后，适配器又用 {rows} 行（包括留作评估的行）重新训练了一次。",
     "refit_eval_note": "选定轮次之后，适配器又用 {rows} 行（包括这些行）重新训练了一次；"
     "这里的得分属于在那之前、没有学过这些行的模型。",
     "eval_note": "这些行也用来挑选轮次，所以得分偏高；想要到最后才查看的行，请交给 --test。",
-    "clean_note": "只看文本不在任何训练文件里的 {rows} 行，准确率为 {accuracy}。",
+    "clean_note": "只看文本不在本次运行其他文件里的 {rows} 行，准确率为 {accuracy}。",
     "adapter": "适配器",
     "probe": "线性探针",
     "tfidf": "TF-IDF",
@@ -322,7 +327,7 @@ _ZH = {
     "majority_share": "最常见标签的占比",
     "duplicates": "重复的行",
     "conflicts": "带有多种标签的文本",
-    "overlap": "训练中也有的行",
+    "overlap": "之前已见过的行",
     "tokens": "token 数",
     "texts_cut": "被截断的文本",
     "tokens_cut": "被截掉的 token",
@@ -420,8 +425,12 @@ def notes(found: Findings, language: str) -> list[str]:
         say(
             "macro_f1_is", language, macro_f1=score(headline.macro_f1), loss=score(headline.loss), epoch=headline.epoch
         ),
-        say(f"{headline.scored_on}_note", language),
+        say("known_test_note", language, rows=count(headline.overlap_rows))
+        if headline.scored_on == "test" and headline.overlap_rows
+        else say(f"{headline.scored_on}_note", language),
     ]
+    if all(one.name != "tfidf" for one in found.contenders):
+        lines.append(say("no_baselines_note", language))
     if headline.refit_rows:
         lines.append(say(f"refit_{headline.scored_on}_note", language, rows=count(headline.refit_rows)))
     if headline.clean_rows:
