@@ -13,12 +13,13 @@ settings as they are settled. Needs the extra `demo`.
 
 import argparse
 import statistics
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evidence import Data, data, known, settled_sha256, trained
-from record import commit, kind, read, write
+from evidence import ORIGIN, Data, carried_out, data, known, settled_sha256, trained
+from record import read, write
 
 from trimtab.machine import usable_cores
 
@@ -58,29 +59,32 @@ def main() -> None:
     arms: dict[str, Any] = {}
     tasks[given.task] = arms
     asked = {(one, seed) for one in ["", *given.arms] for seed in range(given.seeds)}
-    missing = []
+    missing: dict[tuple[int, str], list[str]] = {}
     for arm, seed in sorted(asked | {(one, int(seed)) for one in before for seed in before[one]}):
         files = data(given.task, seed, given.keep, given.banking77)
         sha256 = settled_sha256(files.train, "default", settings_of(arm), seed)
         if there := known(before, arm, seed, sha256, with_baselines=False):
             arms.setdefault(arm, {})[str(seed)] = there
         elif (arm, seed) in asked:
-            missing.append((arm, seed, sha256, files))
+            missing.setdefault((seed, sha256), []).append(arm)
 
     def trial(arm: str, seed: int, sha256: str, files: Data) -> dict[str, Any]:
         run = given.keep / given.task / f"{seed}-{sha256[:8]}"
         settings = ["train.baselines=false", *settings_of(arm)]
         metrics = trained(run, files.train, files.other, "default", settings, seed, threads)
-        keys = ("accuracy", "epoch", "train_seconds")
-        return {**{key: metrics[key] for key in keys}, "recipe_sha256": sha256, "commit": commit(), "kind": kind()}
+        keys = ("accuracy", "epoch", "train_seconds", *ORIGIN)
+        return {**{key: metrics[key] for key in keys}, "recipe_sha256": sha256}
 
-    with ThreadPoolExecutor(given.jobs) as pool:
-        futures = {pool.submit(trial, *one): one for one in missing}
-        for done in as_completed(futures):
-            arm, seed, *_ = futures[done]
-            arms.setdefault(arm, {})[str(seed)] = done.result()
-            write("choices", {"tasks": tasks})
-            print(f"{given.task} {arm or 'as it is'} seed {seed}: {arms[arm][str(seed)]['accuracy']:.4f}", flush=True)
+    def training(seed: int, sha256: str) -> Callable[[], dict[str, Any]]:
+        """Of the first of the arms that come to the same."""
+        files = data(given.task, seed, given.keep, given.banking77)
+        return partial(trial, missing[seed, sha256][0], seed, sha256, files)
+
+    for (seed, sha256), found in carried_out(given.jobs, {key: training(*key) for key in missing}):
+        for arm in missing[seed, sha256]:
+            arms.setdefault(arm, {})[str(seed)] = found
+            print(f"{given.task} {arm or 'as it is'} seed {seed}: {found['accuracy']:.4f}", flush=True)
+        write("choices", {"tasks": tasks})
     print("\n".join(table(given.task, arms)))
 
 

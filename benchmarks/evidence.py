@@ -23,10 +23,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -49,10 +50,18 @@ ARMS: dict[str, tuple[str, ...]] = {  # a shipped recipe, and what is set beside
     "twice": ("default", "train.refit=on"),
     **{
         f"rate-{rate}": ("default", f"train.learning_rate={rate}", "train.refit=off")
-        for rate in ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")  # of these 1e-3, or 2e-3 of banking77, is the default's
+        for rate in (
+            "2.5e-4",
+            "5e-4",
+            "1e-3",
+            "2e-3",
+            "4e-3",
+        )  # of these 1e-3, or 2e-3 of banking77-full, is the default's
     },
 }
+ORIGIN = ("commit", "kind", "threads")
 Rows = Sequence[tuple[str, str]]
+Key = TypeVar("Key")
 _MOST_OTHER = 5_000
 
 
@@ -138,19 +147,27 @@ def settled_sha256(train: Path, recipe: str, settings: Sequence[str], seed: int)
 def trained(
     run: Path, train: Path, test: Path, recipe: str, settings: Sequence[str], seed: int, threads: int
 ) -> dict[str, Any]:
-    """Trains a run, or goes on with it, and gives what it says of itself."""
+    """Trains a run, or goes on with it, and gives what it says of itself, with commit, kind and threads.
+
+    What other code or another machine has begun is trained anew, and what it has ended is told as its own.
+    """
+    here = {"commit": commit(), "kind": kind(), "threads": threads}
+    origin = run.with_name(f"{run.name}.json")
+    by = json.loads(origin.read_text("utf-8")) if origin.is_file() else {}
     command = [sys.executable, "-m", "trimtab", "train"]
-    if (run / "recipe.toml").is_file():
+    if (run / "recipe.toml").is_file() and by and (by == here or (run / "metrics.json").is_file()):
         command += ["--resume", str(run)]
     else:
         shutil.rmtree(run, ignore_errors=True)
         command += [str(train), "--test", str(test), "--base", MINILM, "--out", str(run), "--recipe", recipe]
         settings = [f"train.seed={seed}", f"data.seed={seed}", *settings]
         command += [part for setting in settings for part in ("--set", setting)]
-    run.parent.mkdir(parents=True, exist_ok=True)
+        run.parent.mkdir(parents=True, exist_ok=True)
+        by = here
+        origin.write_text(json.dumps(by), "utf-8")
     with run.with_name(run.name + ".log").open("ab") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    return dict(json.loads((run / "metrics.json").read_text("utf-8")))
+    return {**json.loads((run / "metrics.json").read_text("utf-8")), **by}
 
 
 def trial(task: str, arm: str, seed: int, sha256: str, keep: Path, files: Data, threads: int) -> dict[str, Any]:
@@ -159,14 +176,11 @@ def trial(task: str, arm: str, seed: int, sha256: str, keep: Path, files: Data, 
     recipe, *settings = ARMS[arm]
     settings += [] if arm == "default" else ["train.baselines=false"]
     metrics = trained(run, files.train, files.sealed, recipe, settings, seed, threads)
-    keys = ("accuracy", "macro_f1", "chosen_on_accuracy", "epoch", "train_seconds", "calibration", "baselines")
+    keys = ("accuracy", "macro_f1", "chosen_on_accuracy", "epoch", "train_seconds", "calibration", "baselines", *ORIGIN)
     answers = read_answers(run).rows
     return {
         **{key: metrics[key] for key in keys if key in metrics},
         "recipe_sha256": sha256,
-        "commit": commit(),
-        "kind": kind(),
-        "threads": threads,
         "rows": len(answers.truth),
         "right": packed(answers.told == answers.truth),
     }
@@ -179,6 +193,21 @@ def known(arms: dict[str, Any], arm: str, seed: int, sha256: str, *, with_baseli
     return next((one for one in fitting if not with_baselines or "tfidf" in one["baselines"]), None)
 
 
+def carried_out(jobs: int, works: Mapping[Key, Callable[[], dict[str, Any]]]) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """What each work gives, as they end; what failed is told when all have."""
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(work): key for key, work in works.items()}
+        for done in as_completed(futures):
+            if error := done.exception():
+                failed.append(f"{futures[done]}: {error}")
+                print(f"failed: {failed[-1]}", flush=True)
+            else:
+                yield futures[done], done.result()
+    if failed:
+        sys.exit("\n".join(["failed:", *failed]))
+
+
 def right(trials: dict[str, Any], seeds: Sequence[int]) -> Any:
     """Which sealed rows were answered rightly: bool[seeds, n]."""
     chosen = [trials[str(seed)] for seed in seeds]
@@ -188,12 +217,11 @@ def right(trials: dict[str, Any], seeds: Sequence[int]) -> Any:
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the trials of a task come to: means, intervals, differences to the default; of rates to the arm `once`.
 
-    Where the default learns once by itself, with many rows, there is no such arm, and rates are compared to it too.
+    Where the default learns once by itself, with many rows, asking for `once` costs nothing.
     """
     lines: dict[str, Any] = {}
     found = {arm: trials for arm, trials in found.items() if trials}
     own = sorted(map(int, found["default"]))
-    for_rates = "once" if "once" in found else "default"
     for arm, trials in found.items():
         seeds = sorted(map(int, trials))
         mean, ci95 = mean_over_seeds(right(trials, seeds))
@@ -203,8 +231,8 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if len(seeds) > 1:
             lines[arm]["std"] = float(np.std(accuracies, ddof=1))
         kind_of = {seed: trials[str(seed)]["kind"] for seed in seeds}
-        other = for_rates if arm.startswith("rate-") else "default"
-        both = [seed for seed in seeds if found[other].get(str(seed), {}).get("kind") == kind_of[seed]]
+        other = "once" if arm.startswith("rate-") else "default"
+        both = [seed for seed in seeds if found.get(other, {}).get(str(seed), {}).get("kind") == kind_of[seed]]
         if arm != other and both:
             against = paired_over_seeds(right(found[other], both), right(trials, both))
             lines[arm] |= {"compared_to": other, "difference": against.difference, "difference_ci95": against.ci95}
@@ -252,30 +280,40 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
     name, threads = "evidence", max(1, usable_cores() // given.jobs)
-    trials: dict[str, Any] = read(name).get("trials", {})
+    before = read(name)
+    trials: dict[str, Any] = before.get("trials", {})
+    tables: dict[str, Any] = before.get("tasks", {})
     asked = {(one, seed) for one in given.arms.split(",") for seed in range(given.seeds)}
-    missing = []
-    for task in given.tasks.split(","):
-        before, trials[task] = trials.get(task, {}), {}
-        for arm, seed in sorted(asked | {(one, int(seed)) for one in before for seed in before[one]}):
+    missing: dict[tuple[str, int, str], list[str]] = {}
+    named = given.tasks.split(",")
+    for task in named:
+        had, trials[task] = trials.get(task, {}), {}
+        for arm, seed in sorted(asked | {(one, int(seed)) for one in had for seed in had[one]}):
             files, (recipe, *settings) = data(task, seed, given.keep, given.banking77), ARMS[arm]
             sha256 = settled_sha256(files.train, recipe, settings, seed)
-            if there := known(before, arm, seed, sha256, with_baselines=arm == "default"):
+            if there := known(had, arm, seed, sha256, with_baselines=arm == "default"):
                 trials[task].setdefault(arm, {})[str(seed)] = there
             elif (arm, seed) in asked:
-                missing.append((task, arm, seed, sha256, given.keep, files))
-    tables = {task: summary(arms) for task, arms in trials.items() if arms.get("default")}
-    write(name, {"tasks": tables, "trials": trials})
-    with ThreadPoolExecutor(given.jobs) as pool:
-        futures = {pool.submit(trial, *one, threads): one[:3] for one in missing}
-        for done in as_completed(futures):
-            task, arm, seed = futures[done]
-            trials[task].setdefault(arm, {})[str(seed)] = done.result()
-            if trials[task].get("default"):
-                tables[task] = summary(trials[task])
-            write(name, {"tasks": tables, "trials": trials})
-            print(f"{task} {arm} seed {seed}: {trials[task][arm][str(seed)]['accuracy']:.4f}", flush=True)
-    print("\n".join(markdown(tables)))
+                missing.setdefault((task, seed, sha256), []).append(arm)
+
+    def record(task: str) -> None:
+        if trials[task].get("default"):
+            tables[task] = summary(trials[task])
+        write(name, {"tasks": tables, "trials": trials})
+
+    def training(task: str, seed: int, sha256: str) -> Callable[[], dict[str, Any]]:
+        """Of the first of the arms that come to the same; `default` comes before `once`, and has baselines."""
+        files = data(task, seed, given.keep, given.banking77)
+        return partial(trial, task, missing[task, seed, sha256][0], seed, sha256, given.keep, files, threads)
+
+    for task in named:
+        record(task)
+    for (task, seed, sha256), found in carried_out(given.jobs, {key: training(*key) for key in missing}):
+        for arm in missing[task, seed, sha256]:
+            trials[task].setdefault(arm, {})[str(seed)] = found
+            print(f"{task} {arm} seed {seed}: {found['accuracy']:.4f}", flush=True)
+        record(task)
+    print("\n".join(markdown({task: tables[task] for task in named if task in tables})))
 
 
 if __name__ == "__main__":

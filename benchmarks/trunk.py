@@ -46,7 +46,7 @@ def run(file: Path, out: Path, *, rate: float, seed: int, epochs: int, settings:
     """The figures of one run, in a process of its own."""
     chosen = (
         *(f"train.learning_rate={rate}", f"train.seed={seed}", f"train.num_epochs={epochs}"),
-        *("train.early_stopping_patience=0", "train.refit=off", *settings),
+        *("train.early_stopping_patience=0", "train.refit=off", "train.head_start=probe", *settings),
     )
     command = [sys.executable, "-m", "trimtab", "train", str(file), "--base", MINILM, "--out", str(out)]
     command += [word for setting in chosen for word in ("--set", setting)]
