@@ -172,3 +172,19 @@ def test_what_the_environment_says_of_the_caches_stands(monkeypatch: pytest.Monk
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     machine.keep_few_shapes()
     assert (os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("7", "256")
+
+
+@pytest.mark.parametrize(
+    ("own", "rounds"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_waiting_threads_sleep_soon(own: dict[str, str], rounds: str) -> None:
+    """As OpenMP itself says when torch loads it."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", **own}
+    done = subprocess.run(
+        [sys.executable, "-c", "import trimtab.forward"], env=environment, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch brings another OpenMP here")
+    assert f"GOMP_SPINCOUNT = '{rounds}'" in done.stderr

@@ -9,6 +9,7 @@
 Names are imported on first use: `import trimtab` alone takes milliseconds and does not import torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from trimtab.training import Run
 
 __version__ = "0.1.0"
+
+# Threads wait for each other after every product, and OpenMP lets them spin for milliseconds: where other programs are at
+# work, on the core that the other thread waits for. After 2,000 rounds they sleep (docs/performance.md). It is read when
+# torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __all__ = [
     "Classifier",
