@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Threads wait for each other after every product, and OpenMP lets them spin for milliseconds: where other programs are at
-# work, on the core that the other thread waits for. After 2,000 rounds they sleep (docs/performance.md). It is read when
-# torch is loaded.
+# Threads wait for each other after every product, and OpenMP lets them spin for milliseconds: where other programs are
+# at work, on the core that the other thread waits for. After 2,000 rounds they sleep (docs/performance.md). It is read
+# when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
