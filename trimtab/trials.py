@@ -89,8 +89,9 @@ def run(layered: Layered, plan: Plan, *, out: str | None = None, tell: Callable[
 
     Returns:
         rows of each role, methods: for each its rate, accuracies, mean, std, ci95, and against the first one
-        difference, difference_ci95, verdict; trainable_parameters, adapter_bytes, core_seconds, peak_rss_bytes, the
-        means over its seeds; diverged: method, rate and seed of those that are not among them; test_rows; folder.
+        difference, difference_ci95, difference_p, verdict; trainable_parameters, adapter_bytes, core_seconds,
+        peak_rss_bytes, the means over its seeds; diverged: method, rate and seed of those that are not among them;
+        test_rows; folder.
         The probe has no seed and is fitted once.
 
     Raises:
