@@ -50,13 +50,7 @@ ARMS: dict[str, tuple[str, ...]] = {  # a shipped recipe, and what is set beside
     "twice": ("default", "train.refit=on"),
     **{
         f"rate-{rate}": ("default", f"train.learning_rate={rate}", "train.refit=off")
-        for rate in (
-            "2.5e-4",
-            "5e-4",
-            "1e-3",
-            "2e-3",
-            "4e-3",
-        )  # of these 1e-3, or 2e-3 of banking77-full, is the default's
+        for rate in ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")  # 1e-3, of banking77-full 2e-3, is the default's
     },
 }
 ORIGIN = ("commit", "kind", "threads")

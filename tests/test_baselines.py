@@ -89,6 +89,18 @@ def test_evaluation_of_a_run_has_the_same_baselines_and_an_adapter_alone_says_wh
     assert "adapter alone" in "\n".join(report.score_lines(alone))
 
 
+def test_a_baseline_that_fails_costs_no_scores(told: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, file = told
+
+    def failing(*_: object) -> None:
+        raise MemoryError("too many words")
+
+    monkeypatch.setattr(baselines, "compute", failing)
+    found = trimtab.evaluate(run, file)
+    assert found["accuracy"] > 0
+    assert "too many words" in found["baselines_missing"]
+
+
 def test_evaluation_of_a_run_tells_the_rows_that_it_was_trained_on(told: tuple[Path, Path], tmp_path: Path) -> None:
     run, _ = told
     rows = reviews(30)

@@ -66,6 +66,14 @@ def test_two_runs(runs: list[Path]) -> None:
         )
 
 
+def test_texts_and_labels_cannot_drive_the_terminal(runs: list[Path]) -> None:
+    found = comparison.compare(runs)
+    changed, per_class = found["against"][0]["changed"], found["against"][0]["per_class"]
+    changed[0] |= {"text": "a\x1b]0;owned\x07", "label": "\x1b[2J", "before": "\u202e", "after": "\x9b"}
+    per_class["\x1b[31m"] = {"f1": 1.0, "recall": 1.0}
+    assert all(line.isprintable() for line in comparison.compare_lines(found))
+
+
 def test_the_command_prints_it_and_json_has_every_changed_row(runs: list[Path]) -> None:
     names = [str(run) for run in runs]
     printed = CliRunner().invoke(app, ["compare", *names]).output

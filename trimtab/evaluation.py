@@ -102,6 +102,7 @@ def _beside(
         try:
             layered = recipe_of_run(run.recipe)
             job = resolve(layered.override({"base.model": base}, "--base") if base else layered)
+            # Read again: a job does not keep the rows that were not drawn.
             known = preflight.known_rows({**read_rows(job.recipe), "test": rows}, {"test": rows.examples})["test"]
             overlap = without_known(logits, encoded.labels, known, job.labels.values)
             missing = "the recipe leaves them out (train.baselines)"

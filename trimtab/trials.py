@@ -380,11 +380,14 @@ def _finish(place: RunDir, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _failed(place: RunDir, code: int, reason: str, log: Path) -> TrimtabError:
+    mend = "mend what it says and give the same command again: what has finished is not repeated"
+    if code == DivergedError.exit_code:
+        mend = "other settings, as it says, with another --out: the same ones diverge again and are not tried"
     return _ERRORS.get(code, ArtefactError)(
         "trial.failed",
         f"The training {place.path.name} ended with exit code {code}: {reason}",
         where=str(log),
-        mend="mend what it says and give the same command again: what has finished is not repeated",
+        mend=mend,
     )
 
 
