@@ -176,6 +176,7 @@ def test_what_has_no_report_is_refused_with_the_way_on(copy: RunDir, report: Any
 
 
 def test_a_run_whose_report_could_not_be_written_is_not_finished(copy: RunDir) -> None:
+    told = json.loads(copy.metrics.read_text("utf-8"))
     copy.metrics.unlink()
     copy.report.unlink()
     copy.report.mkdir()
@@ -183,7 +184,12 @@ def test_a_run_whose_report_could_not_be_written_is_not_finished(copy: RunDir) -
         training.resume(copy.path)
     assert not copy.metrics.exists()
     copy.report.rmdir()
-    assert training.resume(copy.path).report.is_file()
+    again = training.resume(copy.path)
+    assert again.report.is_file()
+    # What the first process told before it began stands beside what all of them took.
+    estimates = ("estimated_train_seconds", "estimated_peak_bytes")
+    assert [again.metrics[key] for key in estimates] == [told[key] for key in estimates]
+    assert all(told[key] for key in estimates)
 
 
 def test_the_template_travels_with_the_package() -> None:

@@ -52,6 +52,9 @@ def test_a_run_records_its_rate_and_a_repeat_does_not_search(
     assert [event["event"] for event in events[:3]] == ["search"] * 3
     recipe = config.load_recipe(str(run.path)).recipe
     assert recipe.train.learning_rate in (3.3e-4, 1e-3, 3e-3)
+    parts = [run.metrics[f"{part}_seconds"] for part in ("search", "load", "train", "verify")]
+    assert parts[0] > 0
+    assert sum(parts) < run.metrics["total_seconds"]
     monkeypatch.setattr(search, "_try", lambda *given: pytest.fail("searched again"))
     again = training.train(config.load_recipe(str(run.path)), out=str(tmp_path / "b"))
     assert contents(again.adapter) == contents(run.adapter)

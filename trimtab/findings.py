@@ -249,7 +249,7 @@ class Cost:
     trainable_parameters: int | None = None
     adapter_bytes: int | None = None
     seconds: tuple[tuple[str, float], ...] = ()
-    """load, baselines, train, verify and other, in the order in which they happened."""
+    """search, load, trunk, train, baselines, verify and other, in the order in which they happened."""
     total_seconds: float | None = None
     estimated_train_seconds: float | None = None
     peak_rss_bytes: int | None = None
@@ -655,7 +655,9 @@ def _warnings(data_report: Mapping[str, Any], parts: Mapping[str, Mapping[str, A
 
 def _cost(metrics: Mapping[str, Any], environment: Mapping[str, Any]) -> Cost:
     seconds = [
+        ("search", metrics.get("search_seconds")),
         ("load", metrics.get("load_seconds")),
+        ("trunk", metrics.get("trunk_seconds")),
         ("train", metrics.get("train_seconds")),
         ("baselines", metrics.get("baseline_seconds")),
         ("verify", metrics.get("verify_seconds")),

@@ -148,6 +148,11 @@ def _predictions(run: RunDir, labels: Labels, metrics: Mapping[str, Any]) -> Sco
     return _scored(stored, metrics)
 
 
+def first_start(run: RunDir) -> dict[str, Any]:
+    """What a run's first process told when it began: rows, parameters, estimate; empty where that line is lost."""
+    return dict(_events(run).get("start", {}))
+
+
 def _events(run: RunDir) -> dict[str, Any]:
     """The first start, and the logged training losses by step; a step that was done again counts once."""
     steps: dict[int, StepLoss] = {}

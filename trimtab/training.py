@@ -144,6 +144,7 @@ def _train(layered: Layered, out: str | None, budget: str, observe: Observer) ->
         )
     rundir.check(out)
     layered = search.find_rate(layered, lambda line: observe({"event": "search", "text": line}))
+    search_seconds = time.monotonic() - started
     planned = plan(layered, budget)
     job = planned.ready.job
     estimate.check_memory(job, planned.speed, planned.estimate)
@@ -155,7 +156,7 @@ def _train(layered: Layered, out: str | None, budget: str, observe: Observer) ->
         with _disk_errors(run), rundir.only_writer(run):
             durable.replace(run.recipe, config.dump(ready.job.layered).encode())
             _describe(run, ready)
-            return _run(run, ready, planned.estimate, job.warnings, started, observe)
+            return _run(run, ready, planned.estimate, job.warnings, started, search_seconds, observe)
 
 
 def resume(path: str | Path, *, observe: Observer = lambda event: None) -> Run:
@@ -194,7 +195,7 @@ def _resume(path: str | Path, observe: Observer) -> Run:
                 shutil.rmtree(draft, ignore_errors=True)
             warnings = [*ready.job.warnings, *_changes_of_environment(run, ready)]
             _describe(run, ready)
-            return _run(run, ready, None, warnings, started, observe)
+            return _run(run, ready, None, warnings, started, 0.0, observe)
 
 
 def _finished(run: RunDir, observe: Observer) -> Run | None:
@@ -372,6 +373,7 @@ def _run(
     found: Estimate | None,
     warnings: Sequence[str],
     started: float,
+    search_seconds: float,
     observe: Observer,
 ) -> Run:
     job, model, engine = ready.job, ready.model, ready.engine
@@ -388,7 +390,7 @@ def _run(
             events_are_written = False
         observe(line)
 
-    load_seconds = time.monotonic() - started - ready.trunk_seconds
+    load_seconds = time.monotonic() - started - search_seconds - ready.trunk_seconds
     tell(
         "start",
         run=str(run.path),
@@ -473,17 +475,19 @@ def _run(
     verification = _verify_in_fresh_process(run)
     # The fast forward computes no padding.
     padding = 0.0 if engine.name == "fast" else batching.padding_pct(job.train.encoded.lengths, job.batches(0))
+    told = runreport.first_start(run).get("estimate") or {}  # a run that was resumed keeps what its first process told
     result = scores | {
         "adapter_bytes": sum(file.stat().st_size for file in run.adapter.glob("adapter_*")),
         "largest_difference_after_reload": verification["largest_difference"],
         "tokens_per_s": (progress.tokens + second.tokens) / max(progress.step_seconds + second.step_seconds, 1e-9),
         "padding_pct": padding,
+        "search_seconds": search_seconds,
         "load_seconds": load_seconds,
         "trunk_seconds": ready.trunk_seconds,
         "train_seconds": progress.train_seconds + second.train_seconds,
         "core_seconds": progress.core_seconds + second.core_seconds,
-        "estimated_train_seconds": found.train_seconds if found else None,
-        "estimated_peak_bytes": found.peak_bytes if found else None,
+        "estimated_train_seconds": told.get("train_seconds"),
+        "estimated_peak_bytes": told.get("peak_bytes"),
         "baseline_seconds": baseline_seconds,
         "verify_seconds": verification["seconds"],
         "total_seconds": time.monotonic() - started,
