@@ -367,6 +367,26 @@ def _disk_errors(run: RunDir) -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Taught:
+    """What training came to; the model holds the weights that the adapter will."""
+
+    first: Progress
+    second: Progress
+    """Of the training on all rows; without a step where there was none."""
+    chosen: Mapping[str, float]
+    """The evaluation of the epoch that was best."""
+    eval_logits: npt.NDArray[np.float32]
+    """After that epoch, [eval rows, labels]: of the first training, where there were two."""
+    job: Job
+    """Whose training rows the model has learned from."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        seconds = self.first.step_seconds + self.second.step_seconds
+        return (self.first.tokens + self.second.tokens) / max(seconds, 1e-9)
+
+
 def _run(
     run: RunDir,
     ready: Ready,
@@ -376,7 +396,56 @@ def _run(
     search_seconds: float,
     observe: Observer,
 ) -> Run:
-    job, model, engine = ready.job, ready.model, ready.engine
+    job, engine = ready.job, ready.engine
+    tell = _log(run, observe)
+    load_seconds = time.monotonic() - started - search_seconds - ready.trunk_seconds
+    _tell_start(run, ready, found, warnings, tell)
+    taught = _teach(run, ready, tell, observe)
+    scored, logits, scores = _score(ready, taught.eval_logits)
+    compared = time.monotonic()
+    scores |= _baselines(ready, taught, scored, logits, tell)
+    baseline_seconds = time.monotonic() - compared
+    scores |= {
+        "scored_on": "test" if job.test else "eval",
+        "epoch": int(taught.chosen["epoch"]),
+        "step": taught.first.best_step,
+        "refit_rows": len(taught.job.train.examples) - job.data_report["train"]["label_names"]
+        if taught.second.step
+        else 0,
+        "evaluations": taught.first.evaluations,
+        **{f"{key}_parameters": ready.parameters[key] for key in ("base", "total", "lora", "head", "trainable")},
+    }
+    _save(run, ready, scored, logits, scores)
+    verification = _verify_in_fresh_process(run)
+    told = runreport.first_start(run).get("estimate") or {}  # a run that was resumed keeps what its first process told
+    result = scores | {
+        "adapter_bytes": sum(file.stat().st_size for file in run.adapter.glob("adapter_*")),
+        "largest_difference_after_reload": verification["largest_difference"],
+        "tokens_per_s": taught.tokens_per_s,
+        # The fast forward computes no padding.
+        "padding_pct": 0.0
+        if engine.name == "fast"
+        else batching.padding_pct(job.train.encoded.lengths, job.batches(0)),
+        "search_seconds": search_seconds,
+        "load_seconds": load_seconds,
+        "trunk_seconds": ready.trunk_seconds,
+        "train_seconds": taught.first.train_seconds + taught.second.train_seconds,
+        "core_seconds": taught.first.core_seconds + taught.second.core_seconds,
+        "estimated_train_seconds": told.get("train_seconds"),
+        "estimated_peak_bytes": told.get("peak_bytes"),
+        "baseline_seconds": baseline_seconds,
+        "verify_seconds": verification["seconds"],
+        "total_seconds": time.monotonic() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    runreport.write(run, runreport.read(run.path, result))
+    rundir.write_json(run.metrics, result)  # last: it is what says that the run is finished
+    tell("end", metrics=result)
+    return Run(run.path, result)
+
+
+def _log(run: RunDir, observe: Observer) -> Callable[..., None]:
+    """Tells events to the observer and to events.jsonl."""
     events_are_written = True
 
     def tell(event: str, **values: Any) -> None:
@@ -390,7 +459,13 @@ def _run(
             events_are_written = False
         observe(line)
 
-    load_seconds = time.monotonic() - started - search_seconds - ready.trunk_seconds
+    return tell
+
+
+def _tell_start(
+    run: RunDir, ready: Ready, found: Estimate | None, warnings: Sequence[str], tell: Callable[..., None]
+) -> None:
+    job = ready.job
     tell(
         "start",
         run=str(run.path),
@@ -411,18 +486,22 @@ def _run(
     for warning in warnings:
         tell("warning", text=warning)
 
+
+def _teach(run: RunDir, ready: Ready, tell: Callable[..., None], observe: Observer) -> _Taught:
+    """Trains, keeps the best epoch, and trains once more on all rows where the recipe wants that."""
+    job, model = ready.job, ready.model
     untrained: dict[str, torch.Tensor] = {}
     if job.all_rows:
         untrained = {f"parameter/{name}": tensor.detach().clone() for name, tensor in trainable(model).items()}
-    progress, best = run_loop(
+    first, best = run_loop(
         run, job, model, ready.forward, tell, observe, lambda: start_head(ready, lambda line: tell("head", text=line))
     )
     _restore(model, best)
-    chosen = next(entry for entry in progress.evaluations if entry["step"] == progress.best_step)
+    chosen = next(entry for entry in first.evaluations if entry["step"] == first.best_step)
     eval_logits = best["eval_logits"].numpy()
     if ready.trunk.depth and job.test is None:
         # What is stored is what the model answers when it is used; kept states, which are rounded, only chose.
-        eval_logits = compute_logits(engine.forward, job.eval.encoded)
+        eval_logits = compute_logits(ready.engine.forward, job.eval.encoded)
     second = Progress()
     if job.all_rows:
         try:
@@ -430,73 +509,7 @@ def _run(
         except DivergedError as error:  # no reason to lose what the first training came to
             tell("warning", text=f"trained once more, it diverged, and the adapter is that of before: {error.what}")
             _restore(model, best)
-    learned = job.final if second.step else job  # whose training rows the adapter has learned from
-    scored, logits, scores = _score(ready, eval_logits)
-    temperature = scores["calibration"]["temperature"]
-    compared = time.monotonic()
-    of_scored = learned if job.test else job
-    simpler: dict[str, baselines.Baseline] = {}
-    if job.recipe.train.baselines:
-        try:
-            simpler = baselines.compute(of_scored, scored, engine.vectors, model, len(progress.evaluations))
-        except baselines.FAILURES as error:
-            scores["baselines_missing"] = f"they could not be computed: {type(error).__name__}: {error}"
-            tell("warning", text=f"baselines could not be computed: {type(error).__name__}: {error}")
-    scores["baselines"] = baselines.against(logits, scored.encoded.labels, simpler, len(of_scored.train.examples))
-    baseline_seconds = time.monotonic() - compared
-    scores |= {
-        "scored_on": "test" if job.test else "eval",
-        "epoch": int(chosen["epoch"]),
-        "step": progress.best_step,
-        "refit_rows": len(learned.train.examples) - job.data_report["train"]["label_names"] if second.step else 0,
-        "evaluations": progress.evaluations,
-        **{f"{key}_parameters": ready.parameters[key] for key in ("base", "total", "lora", "head", "trainable")},
-    }
-    card = runreport.card(job, scores, scored.examples, logits, _environment(ready))
-    if run.metrics.exists():  # of a run that lost a file since: from here on it is not finished
-        run.metrics.unlink()
-        durable.sync_folder(run.path)
-    predictions.write(run.predictions, scored.examples, logits, job.labels, temperature)
-    shutil.rmtree(run.adapter, ignore_errors=True)  # of an earlier process that was stopped, or damaged since
-    adapter.write(
-        run.adapter,
-        model,
-        engine.forward,
-        labels=job.labels,
-        max_length=int(job.recipe.data.max_length),
-        keep=job.recipe.data.keep,
-        tokenizer=job.tokenizer,
-        base=job.base,
-        head=ready.head,
-        card=card,
-        computed_in=engine.dtype,
-        temperature=temperature,
-    )
-    verification = _verify_in_fresh_process(run)
-    # The fast forward computes no padding.
-    padding = 0.0 if engine.name == "fast" else batching.padding_pct(job.train.encoded.lengths, job.batches(0))
-    told = runreport.first_start(run).get("estimate") or {}  # a run that was resumed keeps what its first process told
-    result = scores | {
-        "adapter_bytes": sum(file.stat().st_size for file in run.adapter.glob("adapter_*")),
-        "largest_difference_after_reload": verification["largest_difference"],
-        "tokens_per_s": (progress.tokens + second.tokens) / max(progress.step_seconds + second.step_seconds, 1e-9),
-        "padding_pct": padding,
-        "search_seconds": search_seconds,
-        "load_seconds": load_seconds,
-        "trunk_seconds": ready.trunk_seconds,
-        "train_seconds": progress.train_seconds + second.train_seconds,
-        "core_seconds": progress.core_seconds + second.core_seconds,
-        "estimated_train_seconds": told.get("train_seconds"),
-        "estimated_peak_bytes": told.get("peak_bytes"),
-        "baseline_seconds": baseline_seconds,
-        "verify_seconds": verification["seconds"],
-        "total_seconds": time.monotonic() - started,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-    runreport.write(run, runreport.read(run.path, result))
-    rundir.write_json(run.metrics, result)  # last: it is what says that the run is finished
-    tell("end", metrics=result)
-    return Run(run.path, result)
+    return _Taught(first, second, chosen, eval_logits, job.final if second.step else job)
 
 
 def _base_line(job: Job) -> str:
@@ -563,6 +576,50 @@ def _score(ready: Ready, eval_logits: npt.NDArray[np.float32]) -> tuple[Part, np
         job.test,
         logits,
         scores | {f"chosen_on_{key}": eval_scores[key] for key in ("accuracy", "macro_f1", "loss")},
+    )
+
+
+def _baselines(
+    ready: Ready, taught: _Taught, scored: Part, logits: npt.NDArray[np.float32], tell: Callable[..., None]
+) -> dict[str, Any]:
+    """What simpler ways come to on the same rows, or why that is not known; the majority always is."""
+    # Evaluation rows are judged by the model of before, which has not learned from them.
+    job = taught.job if ready.job.test else ready.job
+    found: dict[str, Any] = {}
+    simpler: dict[str, baselines.Baseline] = {}
+    if job.recipe.train.baselines:
+        try:
+            simpler = baselines.compute(job, scored, ready.engine.vectors, ready.model, len(taught.first.evaluations))
+        except baselines.FAILURES as error:
+            found["baselines_missing"] = f"they could not be computed: {type(error).__name__}: {error}"
+            tell("warning", text=f"baselines could not be computed: {type(error).__name__}: {error}")
+    against = baselines.against(logits, scored.encoded.labels, simpler, len(job.train.examples))
+    return found | {"baselines": against}
+
+
+def _save(run: RunDir, ready: Ready, scored: Part, logits: npt.NDArray[np.float32], scores: Mapping[str, Any]) -> None:
+    """Writes predictions and adapter, its card among it."""
+    job = ready.job
+    temperature = scores["calibration"]["temperature"]
+    card = runreport.card(job, scores, scored.examples, logits, _environment(ready))
+    if run.metrics.exists():  # of a run that lost a file since: from here on it is not finished
+        run.metrics.unlink()
+        durable.sync_folder(run.path)
+    predictions.write(run.predictions, scored.examples, logits, job.labels, temperature)
+    shutil.rmtree(run.adapter, ignore_errors=True)  # of an earlier process that was stopped, or damaged since
+    adapter.write(
+        run.adapter,
+        ready.model,
+        ready.engine.forward,
+        labels=job.labels,
+        max_length=int(job.recipe.data.max_length),
+        keep=job.recipe.data.keep,
+        tokenizer=job.tokenizer,
+        base=job.base,
+        head=ready.head,
+        card=card,
+        computed_in=ready.engine.dtype,
+        temperature=temperature,
     )
 
 
