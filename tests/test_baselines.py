@@ -135,6 +135,12 @@ def test_an_adapter_that_does_not_beat_them_says_so() -> None:
     assert "learned from 10 of 20 rows" in lines[1]
     told = {"baselines": baselines.against(right[labels], labels, {"tfidf": perfect}, 10)}
     assert report.verdict_lines(told)[0].startswith("! this adapter is not seen to beat")
+    assert "McNemar" not in report.verdict_lines(told)[0], "the interval holds zero and says it all"
+    answers = np.where(np.arange(40) < 4, 1 - labels, labels)  # 4 rows against none: an interval above zero, p 0.125
+    told = {"baselines": baselines.against(right[labels], labels, {"tfidf": replace(perfect, answers=answers)}, 10)}
+    (line,) = report.verdict_lines(told)
+    assert line.startswith("! this adapter is not seen to beat counting words (TF-IDF): +0.100 (95 % interval +0.0")
+    assert line.endswith("so few rows differ that chance may have done it (McNemar p 0.12)")
     guessing = replace(perfect, answers=np.zeros(40, np.int64))
     told = {"baselines": baselines.against(right[labels], labels, {"tfidf": guessing}, 10)}
     assert report.verdict_lines(told) == [

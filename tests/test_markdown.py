@@ -1,13 +1,14 @@
 """What the Markdown of a report becomes where it is read: tables that hold, and nothing of the data that acts."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from samples import HOSTILE, sample
+from samples import HOSTILE, all_metrics, sample, scored
 
-from trimtab import findings, markdown
+from trimtab import findings, markdown, page
 
 READER = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable(["table", "strikethrough"])
 
@@ -52,6 +53,29 @@ def test_tables_have_as_many_cells_in_every_row(classes: int) -> None:
             widths[-1].add(cells)
     assert len(widths) >= 8
     assert all(len(found) == 1 for found in widths)
+
+
+@pytest.mark.parametrize(
+    ("language", "said"), [("en", "few rows differ, McNemar p 0.062"), ("zh", "McNemar p = 0.062")]
+)
+def test_a_verdict_that_the_interval_alone_does_not_give_says_why(language: str, said: str) -> None:
+    metrics = all_metrics(scored(300, 2, temperature=1.3), ["0", "1"])
+    assert said not in markdown.report(sample(metrics=metrics), language)
+    metrics["baselines"]["probe"] |= {"difference_ci95": [0.001, 0.02], "difference_p": 0.0625}
+    found = sample(metrics=metrics)
+    assert said in markdown.report(found, language)
+    assert said in page.render(found)
+
+
+def test_doubts_that_are_the_worst_mistakes_are_not_shown_twice() -> None:
+    found = sample()
+    assert found.doubts_are_mistakes
+    apart = replace(found, mistakes=found.mistakes[1:])
+    for render in (markdown.report, page.render):
+        assert "worst mistakes above" in render(found)
+        assert "threshold" not in render(found)
+        assert "worst mistakes above" not in render(apart)
+        assert "threshold" in render(apart)
 
 
 def test_a_run_with_little_to_tell_has_no_empty_section() -> None:

@@ -142,6 +142,13 @@ def test_it_never_scrolls_sideways(opened: Any, width: int) -> None:
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize("width", [800, 900, 1_000, 1_400])
+def test_the_verdict_on_each_baseline_is_in_sight(opened: Any, width: int) -> None:
+    tab = opened(viewport={"width": width, "height": 800})
+    table = tab.locator("#verdict .scroll")
+    assert table.evaluate("e => e.scrollWidth <= e.clientWidth")
+
+
 def test_charts_and_tables_are_told_to_a_screen_reader(opened: Any) -> None:
     tab = opened()
     images = tab.get_by_role("img")

@@ -80,6 +80,7 @@ def against(
             "of_rows": of_rows,
             "difference": compared.difference,
             "difference_ci95": list(compared.ci95),
+            "difference_p": compared.p,
             "verdict": compared.verdict,
         }
     return told

@@ -80,6 +80,14 @@ class Contender:
     difference_interval: tuple[float, float] | None = None
     verdict: str = ""
     """Of the adapter against it: better, worse or not resolved; empty for the adapter itself."""
+    p: float | None = None
+    """McNemar's, of that difference."""
+
+    @property
+    def chance_decides(self) -> bool:
+        """The interval leaves zero out, but so few rows differ that p does not resolve it."""
+        low, high = self.difference_interval or (0.0, 0.0)
+        return self.verdict == "not resolved" and self.p is not None and not low <= 0 <= high
 
 
 @dataclass(frozen=True)
@@ -308,6 +316,11 @@ class Findings:
     recipe: Recipe = field(repr=False)
     repeat: Repeat
 
+    @property
+    def doubts_are_mistakes(self) -> bool:
+        """The rows of `doubts` are the first of `mistakes`, in their order, as they mostly are with two labels."""
+        return tuple(doubt.example for doubt in self.doubts) == self.mistakes[: len(self.doubts)]
+
 
 def find(
     metrics: Mapping[str, Any],
@@ -437,6 +450,7 @@ def _contenders(metrics: Mapping[str, Any]) -> tuple[Contender, ...]:
                 one.get("difference", accuracy - one["accuracy"]),
                 _interval(one.get("difference_ci95")),
                 one.get("verdict") or beside,
+                one.get("difference_p"),
             )
         )
     return (adapter, *sorted(found, key=lambda one: -one.accuracy))

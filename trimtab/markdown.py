@@ -121,7 +121,7 @@ def _verdict(found: Findings, language: str) -> Lines:
                 score(one.accuracy),
                 "" if one.macro_f1 is None else score(one.macro_f1),
                 _difference(one),
-                say(one.verdict, language) if one.verdict else "",
+                wording.judged(one, language),
             ]
             for one in found.contenders
         ]
@@ -235,6 +235,8 @@ def _doubts(found: Findings, language: str) -> Lines:
     if not found.doubts:
         return []
     note = say("doubts_note", language, n=count(found.doubt_rows))
+    if found.doubts_are_mistakes:
+        return [f"{note} {say('doubts_above', language, shown=len(found.doubts))}"]
     if found.doubt_rows > len(found.doubts):
         note += " " + say("doubts_some", language, shown=len(found.doubts))
     heads = [say(key, language) for key in ("confidence", "threshold", "label", "answer", "place", "text")]

@@ -45,6 +45,7 @@ def render(found: Findings) -> str:
             standing=wording.standing(found),
             verdict=_both(*(wording.verdict(found, language) for language in LANGUAGES)),
             about=[_say(f"about_{one.name}") for one in found.contenders[1:]],
+            judged=[_both(*(wording.judged(one, language) for language in LANGUAGES)) for one in found.contenders],
             notes=zip(*(wording.notes(found, language) for language in LANGUAGES), strict=True),
             names=[_label(label) for label in found.labels],
             profile=wording.profile(found),

@@ -54,7 +54,12 @@ def verdict_lines(scores: Mapping[str, Any]) -> list[str]:
             better.append(f"{BASELINES[name]} by {size}")
         else:
             worse = "is worse than" if one["verdict"] == "worse" else "is not seen to beat"
-            lines.append(f"! this adapter {worse} {BASELINES[name]}: {size}")
+            few = (
+                f"; so few rows differ that chance may have done it (McNemar p {one['difference_p']:.2g})"
+                if one["verdict"] == "not resolved" and low > 0 and "difference_p" in one
+                else ""
+            )
+            lines.append(f"! this adapter {worse} {BASELINES[name]}: {size}{few}")
         if one["rows"] < one["of_rows"]:
             lines.append(f"{BASELINES[name]} learned from {one['rows']:,} of {one['of_rows']:,} rows, to save time")
     if missing := scores.get("baselines_missing"):
@@ -67,10 +72,13 @@ def calibration_lines(scores: Mapping[str, Any]) -> list[str]:
     if not (found := scores.get("calibration")):
         return []
     where = "the test rows" if found["reported_on"] == "test" else "halves of the evaluation rows, each by the other's"
-    return [
+    line = (
         f"scores at temperature {found['temperature']:.2f}: calibration error {found['ece_before']:.3f} -> "
         f"{found['ece_after']:.3f}, loss {found['loss_before']:.3f} -> {found['loss_after']:.3f} ({where})"
-    ]
+    )
+    if found["loss_after"] > found["loss_before"]:
+        return [f"! {line}: they are worse for it; it was fitted on {found['fitted_rows']:,} rows"]
+    return [line]
 
 
 def score_lines(scores: Mapping[str, Any]) -> list[str]:

@@ -514,7 +514,7 @@ def _teach(run: RunDir, ready: Ready, tell: Callable[..., None], observe: Observ
 
 def _base_line(job: Job) -> str:
     """Which base it is, from where, and how that is known."""
-    hint = "; slower and better: --base roberta-base" if job.base.hub_id == MINILM else ""
+    hint = "; slower and better on English: --base roberta-base" if job.base.hub_id == MINILM else ""
     place = {
         "folder": "a folder",
         "package": "an installed package",
@@ -522,7 +522,9 @@ def _base_line(job: Job) -> str:
         "hub": "the hub",
     }
     known = "checked" if job.base.hub_id == MINILM else job.base.weights_sha256[:12]
-    return f"{job.base.name} from {place[job.base.source]}, sha256 of the weights {known}{hint}"
+    known_folder = job.base.source == "folder" and job.base.hub_id
+    where = str(job.base.folder) if known_folder else place[job.base.source]
+    return f"{job.base.hub_id or job.base.name} from {where}, sha256 of the weights {known}{hint}"
 
 
 def _refit(

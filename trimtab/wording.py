@@ -7,7 +7,7 @@ Page, charts and Markdown take their words from here.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trimtab.findings import Findings
+from trimtab.findings import Contender, Findings
 
 LANGUAGES = ("en", "zh")
 
@@ -64,6 +64,7 @@ _EN = {
     "better": "better",
     "worse": "worse",
     "not resolved": "not resolved",
+    "by_chance": "not resolved: few rows differ, McNemar p {p}",
     "standing_title": "Accuracy of the adapter and of the baselines",
     "standing_one": "{name} {accuracy}",
     "standing_interval": "{name} {accuracy} (95 % interval {low} to {high})",
@@ -122,6 +123,7 @@ _EN = {
     "rows carry the label that it proposes (confident learning, Northcutt et al. 2021). Some of them are its own "
     "mistakes: look at them before you change one.",
     "doubts_some": "The clearest {shown} are shown.",
+    "doubts_above": "The clearest {shown} of them are the first {shown} of the worst mistakes above.",
     "threshold": "threshold",
     # Calibration.
     "calibration": "Calibration",
@@ -252,6 +254,7 @@ _ZH = {
     "better": "更好",
     "worse": "更差",
     "not resolved": "分不出",
+    "by_chance": "分不出：答案不同的行太少，McNemar p = {p}",
     "standing_title": "适配器与各基线的准确率",
     "standing_one": "{name} {accuracy}",
     "standing_interval": "{name} {accuracy}（95 % 区间 {low} 至 {high}）",
@@ -302,6 +305,7 @@ _ZH = {
     "doubts_note": "有 {n} 行，模型的回答与标签相反，而且把握不低于它在带有该回答标签的行上的平均把握"
     "（置信学习，Northcutt 等，2021）。其中也有模型自己的错：改标签之前请先看一眼。",
     "doubts_some": "这里列出最明显的 {shown} 行。",
+    "doubts_above": "其中最明显的 {shown} 行，就是上面最严重的错误中的前 {shown} 行。",
     "threshold": "阈值",
     "calibration": "校准",
     "calibration_note": "按置信度把回答分成 15 格：柱子够到对角线，就是说有 80 % 把握的回答，"
@@ -406,6 +410,13 @@ def verdict(found: Findings, language: str) -> str:
     return say("semicolon", language).join(clauses) + say(
         "accuracy_on", language, **figures, others=_joined(others, language, "listed", "last")
     )
+
+
+def judged(one: Contender, language: str) -> str:
+    """The verdict against a baseline, and where the interval alone says more than it, why."""
+    if one.chance_decides:
+        return say("by_chance", language, p=f"{one.p:.2g}")
+    return say(one.verdict, language) if one.verdict else ""
 
 
 # The clause that begins with a verdict, and the one that follows another.
