@@ -225,6 +225,17 @@ class TestPredict:
         assert call("predict", run, reviews(2)[1][0], "--lang", lang).out.startswith(name)
         assert call("predict", run, reviews(2)[1][0]).out.startswith("好评/positive")
 
+    def test_labels_cannot_drive_the_terminal(self, call, quick: None, bert: Path, run: Path) -> None:
+        names = {"neg": "\x1b[31mred\x1b]0;owned\x07", "pos": "\u202eevil"}
+        write_csv(Path("wild.csv"), [(text, names[label]) for text, label in reviews(40)])
+        outcome = call("train", "wild.csv", "--base", bert, "--set", "train.num_epochs=1", "--out", "wild")
+        assert outcome.code == 0, outcome.err
+        told = call("predict", "wild", "a good day")
+        refused = call("compare", "wild", run)
+        assert "[compare.labels]" in refused.err
+        for text in (outcome.out, outcome.err, told.out, refused.err):
+            assert all(line.isprintable() for line in text.split("\n"))
+
     @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet", "tsv"])
     def test_out_keeps_rows_order_and_columns(self, call, run: Path, ending: str) -> None:
         rows = [*reviews(5), ("", "empty text")]

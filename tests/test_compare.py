@@ -228,6 +228,37 @@ def test_the_rows_that_decide_were_not_trained_on(compared: tuple[Path, dict[str
     assert 0.1 < len(test) / (len(train) + len(test)) < 0.3
 
 
+def test_rows_that_were_changed_since_are_those_of_before(
+    compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab import config
+
+    kept = Path(shutil.copytree(compared[0], tmp_path / "c"))
+    wanted = [pq.read_table(kept / "data" / f"{role}.parquet") for role in ("train", "test")]
+    pq.write_table(
+        wanted[0].slice(0, len(wanted[1])), kept / "data" / "test.parquet"
+    )  # whoever learned them knows them
+    (kept / "data" / "train.parquet").write_bytes(b"PAR1")
+    trials._split(config.load_recipe(str(kept / trials.PLAN)), kept)
+    assert [pq.read_table(kept / "data" / f"{role}.parquet") for role in ("train", "test")] == wanted
+    monkeypatch.setattr(pq, "write_table", lambda *given: pytest.fail("the same rows were written again"))
+    trials._split(config.load_recipe(str(kept / trials.PLAN)), kept)
+
+
+def test_a_trial_that_was_judged_on_other_rows_is_in_no_table(
+    compared: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(compared[0], tmp_path / "c"))
+    (place,) = (folder / "trials" / "full").glob("*/seed-43")
+    rows = pq.read_table(place / "predictions.parquet")
+    pq.write_table(rows.set_column(0, "text", [["another text"] * len(rows)]), place / "predictions.parquet")
+    rate = place.parent.name
+    done = {"full": [trials.Trial("full", float(rate), seed) for seed in (42, 43)]}
+    with pytest.raises(ArtefactError, match="judged on other rows") as told:
+        trials._compare(folder, done, trials.Plan(METHODS, seeds=2, rates=2))
+    assert str(place) in told.value.mend
+
+
 def test_full_fine_tuning_learns_and_the_probe_has_no_seeds(compared: tuple[Path, dict[str, Any]]) -> None:
     _, found = compared
     _, head, full = found["methods"]
@@ -251,7 +282,7 @@ def made_up(
 
     def answers(place: rundir.RunDir) -> Any:
         told = right(str(place.path.relative_to(place.path.parents[2])))
-        return SimpleNamespace(rows=SimpleNamespace(told=told, truth=np.ones(len(told), np.bool_)))
+        return SimpleNamespace(rows=SimpleNamespace(texts=(), told=told, truth=np.ones(len(told), np.bool_)))
 
     monkeypatch.setattr(trials, "_train", train)
     monkeypatch.setattr(trials, "_answers", answers)
@@ -320,6 +351,8 @@ def test_another_comparison_is_not_mixed_into_a_folder(
     layered = config.assemble(
         "default", {"data.train": (str(write_csv(tmp_path / "x.csv", reviews(80))),), "base.model": str(bert)}
     )
+    with pytest.raises(RecipeError, match="has no name"):
+        trials.run(layered, trials.Plan(("lora", "full")), out=" ", tell=print)
     before = sorted(os.listdir(folder))
     with pytest.raises(RecipeError, match="another recipe or other rows"):
         trials.run(layered, trials.Plan(("lora", "full")), out=str(folder), tell=print)

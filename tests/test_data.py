@@ -490,6 +490,7 @@ def test_where_no_row_is_left_the_reasons_are_told() -> None:
     message = str(refusal(write("a.csv", "text,label\n,1\na,b,1\n"), skip_bad=True))
     assert "a.csv" in message
     assert all(reason in message for reason in ("empty", "ragged"))
+    assert "--bad-rows" not in message, "which would leave none"
 
 
 LINE = st.text("ab好 ,", max_size=6)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,18 @@ class TestChoice:
             training.train(layered.override({"runtime.trunk_cache": "on", **values}, "test"), out=str(tmp_path / "run"))
         assert not cache.exists()
         assert not (tmp_path / "run").exists()
+
+    def test_the_way_out_is_that_of_what_is_short(
+        self, layered: Layered, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        on = {"runtime__trunk_cache": "on"}
+        with pytest.raises(ResourceError) as too_large:
+            self.choose(layered, **on, runtime__trunk_cache_gb=1e-5)
+        assert "--set runtime.trunk_cache_gb=" in too_large.value.mend
+        monkeypatch.setattr("trimtab.trunk.shutil.disk_usage", lambda place: SimpleNamespace(free=1 << 20))
+        with pytest.raises(ResourceError) as full:
+            self.choose(layered, **on)
+        assert full.value.mend.startswith("make room, or another volume: XDG_CACHE_HOME=DIR")
 
     def test_on_keeps_them_for_a_single_epoch(self, layered: Layered) -> None:
         assert self.choose(layered, train__num_epochs=1, runtime__trunk_cache="on").depth == 1

@@ -93,8 +93,24 @@ def test_a_folder_of_another_search_is_refused(
     searched: tuple[Path, config.Layered, dict[str, Any], list[str]], csv_file: Path, bert: Path
 ) -> None:
     folder, *_ = searched
-    with pytest.raises(RecipeError, match="another search"):
+    with pytest.raises(RecipeError, match="another recipe"):
         tuning.tune(small(csv_file, bert), 1, out=str(folder), tell=print)
+
+
+def test_a_folder_that_was_barely_begun_is_taken(csv_file: Path, bert: Path, tmp_path: Path) -> None:
+    folder, layered = tmp_path / "o", small(csv_file, bert)
+    folder.mkdir()
+    (folder / "plan.toml.tmp").write_text("half a pl", "utf-8")  # of a process that was killed
+    for _ in range(2):
+        assert trials.own_folder(str(folder), "tune", layered, "a plan\n") == folder
+    assert (folder / "plan.toml").read_text("utf-8") == "a plan\n"
+    (tmp_path / "file").write_text("x", "utf-8")
+    with pytest.raises(ResourceError, match="folder cannot be used"):
+        trials.own_folder(str(tmp_path / "file"), "tune", layered, "a plan\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("x", "utf-8")
+    with pytest.raises(RecipeError, match="is not empty"):
+        trials.own_folder(str(tmp_path / "other"), "tune", layered, "a plan\n")
 
 
 def test_what_the_recipe_fixes_is_not_searched(csv_file: Path, bert: Path, tmp_path: Path) -> None:

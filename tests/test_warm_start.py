@@ -166,6 +166,8 @@ def test_another_base_or_none_is_refused(file: Path, bert: Path, first: training
     with pytest.raises(ArtefactError, match=r"weights of .* are not the same") as refused:
         resolve(start(file, other, first.path))
     assert f"--base {bert}" in refused.value.mend
+    with pytest.raises(ArtefactError, match="is a file"):
+        resolve(start(file, bert, file))
     with pytest.raises(ArtefactError, match="There is no run or adapter"):
         resolve(start(file, bert, "runs/nothing"))
 

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.errors import MissingExtraError, RecipeError, ResourceError, TrimtabError, install_extra, quoted, some
+from trimtab.errors import (
+    MissingExtraError,
+    RecipeError,
+    ResourceError,
+    TrimtabError,
+    install_extra,
+    plain,
+    quoted,
+    some,
+)
 
 if TYPE_CHECKING:
     from trimtab.config import RuntimeSettings
@@ -683,7 +692,8 @@ def _system_error(error: OSError) -> TrimtabError:
 def _failed(error: TrimtabError) -> int:
     """Tells an error on both streams, as far as they take it; returns the exit code."""
     with suppress(OSError):
-        print(f"error [{error.code}]: {error}", file=sys.stderr, flush=True)
+        for line in f"error [{error.code}]: {error}".split("\n"):
+            print(plain(line), file=sys.stderr, flush=True)
     if "--json" in sys.argv:
         with suppress(OSError):
             _json({"error": {"code": error.code, "message": error.what, "where": error.where, "mend": error.mend}})

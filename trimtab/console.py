@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from trimtab.errors import plain
 from trimtab.report import calibration_lines, data_lines, parameter_lines, score_line, verdict_lines
 from trimtab.trunk import size_text
 from trimtab.wording import duration
@@ -35,7 +36,7 @@ def progress(stream: TextIO | None = None) -> Iterator[Callable[[Mapping[str, An
         if live:
             live.clear()
         for line in event_lines(event):
-            print(line, file=target, flush=True)
+            print(plain(line), file=target, flush=True)
 
     try:
         yield observe

@@ -54,17 +54,17 @@ _HALF = re.compile("[\ud800-\udfff]")  # JSON's \ud83d without its other half: n
 _BYTE = re.compile("[\udc80-\udcff]")  # a byte that no encoding took, as Python's surrogateescape keeps it
 _TORN = ", with bytes that are not"  # what the name of an encoding ends with where a file has such bytes
 _MENDS = {
-    "undecodable": "save the file as UTF-8, e.g.: iconv -f LATIN1 -t UTF-8 FILE > utf8-FILE; or: --bad-rows skip",
-    "half a character": r"an escape such as \ud83d has lost its other half: write the text again, or: --bad-rows skip",
-    "ragged": 'quote the text: a comma inside it needs "..." around the cell; or set such rows aside: --bad-rows skip',
-    "null": "fill the cell, or set such rows aside: --bad-rows skip",
-    "empty": "fill the cell, or set such rows aside: --bad-rows skip",
-    "not text": "the text column must hold strings: --text COLUMN; or set such rows aside: --bad-rows skip",
-    "not a label": "a label is a string, a whole number or true/false; or set such rows aside: --bad-rows skip",
-    "not JSON": 'one object a line: {"text": ..., "label": ...}; or set such rows aside: --bad-rows skip',
-    "not an object": 'a line of JSONL is one object: {"text": ..., "label": ...}; or: --bad-rows skip',
-    "unknown label": "correct the label, add such rows to the training file, or set them aside: --bad-rows skip",
-    "mixed kinds": "write all labels as one kind, or set the rarer kind aside: --bad-rows skip",
+    "undecodable": "save the file as UTF-8, e.g.: iconv -f LATIN1 -t UTF-8 FILE > utf8-FILE",
+    "half a character": r"an escape such as \ud83d has lost its other half: write the text again",
+    "ragged": 'quote the text: a comma inside it needs "..." around the cell',
+    "null": "fill the cell",
+    "empty": "fill the cell",
+    "not text": "the text column must hold strings: --text COLUMN",
+    "not a label": "a label is a string, a whole number or true/false",
+    "not JSON": 'one object a line: {"text": ..., "label": ...}',
+    "not an object": 'a line of JSONL is one object: {"text": ..., "label": ...}',
+    "unknown label": "correct the label, or add such rows to the training file",
+    "mixed kinds": "write all labels as one kind",
 }
 
 
@@ -441,11 +441,14 @@ def _bad_rows(rejects: list[Reject], rows: int, known_labels: Sequence[str] | No
     expected = (
         f" The training rows have: {some(known_labels, 10)}." if "unknown label" in reasons and known_labels else ""
     )
+    mends = list(dict.fromkeys(_MENDS[reason] for reason in reasons))
+    if len(rejects) < rows:  # else none would be left
+        mends.append("or set such rows aside: --bad-rows skip")
     return DataError(
         "data.bad_rows",
         f"{len(rejects):,} of {rows:,} rows cannot be used. " + "; ".join(parts) + "." + expected,
         where=some(dict.fromkeys(reject.file for reject in rejects)),
-        mend="\n         ".join(dict.fromkeys(_MENDS[reason] for reason in reasons)),
+        mend="\n         ".join(mends),
     )
 
 

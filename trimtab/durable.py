@@ -28,8 +28,12 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
 def replace(path: Path, data: bytes) -> None:
     """Writes a file that is whole, old or new, at any moment."""
     draft = path.with_name(path.name + ".tmp")
-    write_bytes(draft, data)
-    draft.replace(path)
+    try:
+        write_bytes(draft, data)
+        draft.replace(path)
+    except OSError:  # of a full disk: half a file helps nobody
+        draft.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -15,6 +15,7 @@ Every error says what was found, where, and how to mend it, and has a stable `co
 
 import difflib
 import shlex
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -102,10 +103,14 @@ def quoted(word: object) -> str:
     return shlex.quote(str(word))
 
 
-def plain(text: str, most: int) -> str:
-    """Cuts a text and takes out what a terminal would obey, where a stranger may have written a part of it."""
-    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:most])
-    return shown + ("..." if len(text) > most else "")
+def plain(text: str, most: int | None = None) -> str:
+    """Takes out what a terminal would obey, where a stranger may have written a part of it; cuts after `most`."""
+    shown = "".join(char if _is_shown(char) else "\N{REPLACEMENT CHARACTER}" for char in text[:most])
+    return shown + ("..." if most is not None and len(text) > most else "")
+
+
+def _is_shown(char: str) -> bool:
+    return char.isprintable() or unicodedata.category(char) == "Zs"  # Python counts only one of the blanks as printable
 
 
 def some(items: Iterable[object], limit: int = 5) -> str:

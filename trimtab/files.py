@@ -256,7 +256,7 @@ def table_lines(
     predictions: Sequence[Prediction], labels: Labels, language: str, notes: Sequence[str] = ()
 ) -> list[str]:
     """Predictions for people: label, score, text; one line each, and whether the text was cut."""
-    names = [labels.shown(prediction.label, language) for prediction in predictions]
+    names = [plain(labels.shown(prediction.label, language), 100) for prediction in predictions]
     width = max((cell_len(name) for name in names), default=0)
     note_width = max((len(note) for note in notes), default=0)
     lines = []

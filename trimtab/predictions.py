@@ -11,7 +11,7 @@ import numpy.typing as npt
 from trimtab import durable
 from trimtab.classification import Labels, softmax
 from trimtab.data import Example, text_problem
-from trimtab.errors import ArtefactError
+from trimtab.errors import ArtefactError, quoted
 
 
 @dataclass(frozen=True)
@@ -94,5 +94,6 @@ def read(path: Path, labels: Labels, rows: int | None = None) -> Stored:
             "run.predictions",
             f"The stored answers cannot be read: {error}",
             where=str(path),
-            mend="bring the file back from a copy; or take it away, and work with the adapter folder alone",
+            mend="bring the file back from a copy; or delete it, and this writes it again: "
+            f"trimtab train --resume {quoted(path.parent)}",
         ) from None

@@ -269,7 +269,9 @@ def locate(path: str | Path) -> Path:
         siblings = [item.name for item in place.parent.iterdir()] if os.path.isdir(place.parent) else []
         raise ArtefactError(
             "adapter.missing",
-            f"There is no run or adapter {path}.{did_you_mean(place.name, siblings)}",
+            f"{path} is a file; a run or an adapter is a folder."
+            if place.exists()
+            else f"There is no run or adapter {path}.{did_you_mean(place.name, siblings)}",
             where=f"looked from {Path.cwd()}",
             mend="a run directory such as runs/latest, or the adapter folder in it",
         )

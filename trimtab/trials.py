@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -188,42 +189,71 @@ def _check(layered: Layered, plan: Plan) -> None:
 
 
 def _prepare(layered: Layered, out: str | None) -> tuple[Path, Layered]:
-    """The folder, and the recipe with test rows; a folder that holds another comparison is refused.
+    """The folder, and the recipe with test rows.
 
     Raises:
-        RecipeError: the folder belongs to another recipe or other data.
+        RecipeError: no file is named; or as `own_folder`.
     """
     if not layered.recipe.data.train:
         raise RecipeError("data.train", "No file is named.", mend="trimtab compare --methods lora,full FILE")
+    has_test = bool(layered.recipe.data.test)
+    folder = own_folder(
+        out, "compare", layered, config.dump(resolve(layered).layered) if has_test else _dump_without_test(layered)
+    )
+    if has_test:
+        return folder, layered
+    with _folder_errors("compare", folder):
+        return folder, layered.override(_split(layered, folder), "compare")
+
+
+def own_folder(out: str | None, command: str, layered: Layered, plan: str) -> Path:
+    """The folder of a comparison or a search: new, or that of this very plan, in which the command goes on.
+
+    Raises:
+        RecipeError: it has no name, or holds something else.
+        ResourceError: it cannot be read or written.
+    """
+    if out is not None and not out.strip():  # of a variable that is not set
+        raise RecipeError(
+            "usage", "The folder has no name.", where="--out", mend="--out DIR, or without it: a new one in runs"
+        )
     stem = Path(layered.recipe.data.train[0]).name.partition(".")[0]
-    folder = Path(os.path.expanduser(out or f"runs/compare-{time.strftime('%Y%m%d-%H%M%S')}-{stem}")).resolve()
-    wanted = config.dump(resolve(layered).layered) if layered.recipe.data.test else _dump_without_test(layered)
+    folder = Path(os.path.expanduser(out or f"runs/{command}-{time.strftime('%Y%m%d-%H%M%S')}-{stem}")).resolve()
     there = folder / PLAN
-    try:
+    with _folder_errors(command, folder):
         if there.is_file():
-            if there.read_text("utf-8") != wanted:
+            if there.read_text("utf-8") != plan:
                 raise RecipeError(
-                    "compare.exists",
-                    f"{folder} holds a comparison of another recipe or other rows; nothing in it was touched.",
+                    f"{command}.exists",
+                    f"{folder} was begun with another recipe or other rows; nothing in it was touched.",
                     where=str(there),
                     mend="another --out; or the settings and the files that it was begun with",
                 )
-        elif folder.exists() and any(folder.iterdir()):
-            raise RecipeError("compare.exists", f"{folder} exists and is not empty.", mend="another --out")
+        elif folder.exists() and any(file.name != f"{PLAN}.tmp" for file in folder.iterdir()):
+            raise RecipeError(
+                f"{command}.exists",
+                f"{folder} exists and is not empty; nothing in it was touched.",
+                mend="another --out",
+            )
         else:
             durable.make_folder(folder)
-            durable.replace(there, wanted.encode())
-        if layered.recipe.data.test:
-            return folder, layered
-        return folder, layered.override(_split(layered, folder), "compare")
+            durable.replace(there, plan.encode())
+    return folder
+
+
+@contextmanager
+def _folder_errors(command: str, folder: Path) -> Iterator[None]:
+    """Whatever the system refuses here is told with the way out."""
+    try:
+        yield
     except OSError as error:
         if isinstance(error, TrimtabError):
             raise
         raise ResourceError(
-            "compare.folder",
-            f"The comparison's folder cannot be used: {error.strerror or error}",
+            f"{command}.folder",
+            f"The folder cannot be used: {error.strerror or error}",
             where=str(error.filename or folder),
-            mend="--out DIR in a folder that you may write to",
+            mend="--out DIR in a folder that you may write to, on a volume with room",
         ) from None
 
 
@@ -232,24 +262,26 @@ def _dump_without_test(layered: Layered) -> str:
 
 
 def _split(layered: Layered, folder: Path) -> dict[str, object]:
-    """A fifth of the rows of each class, repeats kept together, in a file of its own; the others in another."""
+    """A fifth of the rows of each class, repeats kept together, in a file of its own; the others in another.
+
+    They are drawn again each time, so that a file which was changed since is written again.
+    """
     settings = layered.recipe.data
     files = {role: folder / "data" / f"{role}.parquet" for role in ("train", "test")}
-    if not all(file.is_file() for file in files.values()):
-        rows = data.read_rows(
-            settings.train, text=settings.text, label=settings.label, skip_bad=settings.bad_rows == "skip"
+    rows = data.read_rows(
+        settings.train, text=settings.text, label=settings.label, skip_bad=settings.bad_rows == "skip"
+    )
+    parts = dict(zip(files, data.split(rows.examples, _TEST_FRACTION, settings.seed), strict=True))
+    if not parts["test"]:
+        raise DataError(
+            "data.too_few",
+            "No class has two different texts, so none can be kept for the test.",
+            where=str(settings.train[0]),
+            mend="add rows, or give test rows: --test FILE",
         )
-        parts = dict(zip(files, data.split(rows.examples, _TEST_FRACTION, settings.seed), strict=True))
-        if not parts["test"]:
-            raise DataError(
-                "data.too_few",
-                "No class has two different texts, so none can be kept for the test.",
-                where=str(settings.train[0]),
-                mend="add rows, or give test rows: --test FILE",
-            )
-        durable.make_folder(folder / "data")
-        for role, part in parts.items():
-            _write_rows(files[role], part, rows)
+    durable.make_folder(folder / "data")
+    for role, part in parts.items():
+        _write_rows(files[role], part, rows)
     return {"data.train": (str(files["train"]),), "data.test": (str(files["test"]),)}
 
 
@@ -257,11 +289,15 @@ def _write_rows(file: Path, examples: Sequence[Example], rows: Rows) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    written = io.BytesIO()
     text = "text" if rows.text_column == "auto" else rows.text_column
     label = "label" if rows.label_column == "auto" else rows.label_column
     columns = {text: [example.text for example in examples], label: [example.label for example in examples]}
-    pq.write_table(pa.table(columns), written)
+    wanted = pa.table(columns)
+    with suppress(OSError, pa.ArrowException):
+        if pq.read_table(file).equals(wanted):  # other versions of pyarrow write the same rows in other bytes
+            return
+    written = io.BytesIO()
+    pq.write_table(wanted, written)
     durable.replace(file, written.getvalue())
 
 
@@ -373,7 +409,8 @@ def _finish(place: RunDir, arguments: Sequence[str]) -> dict[str, Any]:
     if code == 0 and place.metrics.is_file():
         return _metrics(place)
     said = log.read_bytes()[before:].decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
-    reason = next((line for line in reversed(said) if line.startswith("error [")), said[-1])
+    told = next((i for i in reversed(range(len(said))) if said[i].startswith("error [")), len(said) - 1)
+    reason = " ".join(line.strip() for line in said[told:])
     if code == DivergedError.exit_code:
         durable.replace(mark, reason.encode())
     raise _failed(place, code, reason, log)
@@ -438,9 +475,14 @@ def _compare(folder: Path, done: dict[str, list[Trial]], plan: Plan) -> dict[str
     """The table of all methods from the trials' files."""
     right: dict[str, np.ndarray[Any, np.dtype[np.bool_]]] = {}
     methods: list[dict[str, Any]] = []
+    judged_on: tuple[tuple[str, ...], list[int]] | None = None
     for method, trials in done.items():
         places = [RunDir(folder / "trials" / trial.name) for trial in trials]
         answers = [_answers(place) for place in places]
+        for place, answer in zip(places, answers, strict=True):
+            rows = (answer.rows.texts, answer.rows.truth.tolist())
+            if rows != (judged_on := judged_on or rows):
+                raise _damaged(place, "it was judged on other rows than the trials before it")
         right[method] = np.stack([one.rows.told == one.rows.truth for one in answers])
         metrics = [_metrics(place) for place in places]
         mean, ci95 = mean_over_seeds(right[method])

@@ -132,14 +132,19 @@ def choose_trunk(job: Job, engine: Engine) -> Trunk:
     texts = (job.train.encoded, job.eval.encoded)
     entries = tuple(Entry(part, _describe(job, engine, depth, part), width) for part in texts)
     size = sum(entry.size_bytes for entry in entries)
-    if problem := _no_room(entries, int(runtime.trunk_cache_gb * 1e9)):
+    limit = int(runtime.trunk_cache_gb * 1e9)
+    if problem := _no_room(entries, limit):
         if runtime.trunk_cache == "on":
             raise ResourceError(
                 "trunk.room",
                 f"The lower layers of {sum(len(entry.texts) for entry in entries):,} rows cannot be kept: {problem}.",
                 where=str(place()),
-                mend=f"--set runtime.trunk_cache_gb={np.ceil(size / 1e8) / 10:g}, or make room, or another volume: "
-                "XDG_CACHE_HOME=DIR; or --set runtime.trunk_cache=off",
+                mend=(
+                    f"--set runtime.trunk_cache_gb={np.ceil(size / 1e8) / 10:g}"
+                    if size > limit
+                    else "make room, or another volume: XDG_CACHE_HOME=DIR"
+                )
+                + "; or train anew with --set runtime.trunk_cache=off",
             )
         return Trunk(0, problem, "off", is_told=True)
     reason = f"{size_text(size)} in bfloat16, read in {epochs} epoch{'s' if epochs > 1 else ''}"

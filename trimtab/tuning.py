@@ -4,8 +4,6 @@ The evaluation rows choose; test rows, where the recipe has some, are not looked
 named after its values, so that nothing is trained twice and a search that was stopped goes on.
 """
 
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from trimtab.config import Layered
 from trimtab.errors import ArtefactError, DivergedError, MissingExtraError, RecipeError, install_extra, some
 from trimtab.resolve import Job, resolve
 from trimtab.rundir import RunDir
-from trimtab.trials import PLAN, train_once
+from trimtab.trials import own_folder, train_once
 
 _RATE_RANGE = 5.0  # below and above the rate that `auto` takes
 _RANKS = (4, 8, 16, 32)
@@ -51,7 +49,7 @@ def tune(layered: Layered, trials: int, *, out: str | None = None, tell: Callabl
     with interrupts.heard():
         job = resolve(layered)
         _check(layered)
-        folder = _folder(layered, job, out)
+        folder = own_folder(out, "tune", layered, config.dump(job.layered))
         with rundir.only_writer(RunDir(folder)):
             return _search(optuna, layered, job, folder, trials, tell)
 
@@ -152,28 +150,6 @@ def _study(optuna: Any, folder: Path, direction: str) -> Any:
             where=str(file),
             mend=f"delete {file}: recipes that have been tried are found in trials/, and not trained again",
         ) from None
-
-
-def _folder(layered: Layered, job: Job, out: str | None) -> Path:
-    """The search's folder, new or of this very recipe.
-
-    Raises:
-        RecipeError: it holds something else.
-    """
-    stem = Path(layered.recipe.data.train[0]).name.partition(".")[0]
-    folder = Path(os.path.expanduser(out or f"runs/tune-{time.strftime('%Y%m%d-%H%M%S')}-{stem}")).resolve()
-    wanted, there = config.dump(job.layered), folder / PLAN
-    if there.is_file() and there.read_text("utf-8") == wanted:
-        return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise RecipeError(
-            "tune.exists",
-            f"{folder} holds another search or something else; nothing in it was touched.",
-            mend="another --out; or the settings and the files that it was begun with",
-        )
-    durable.make_folder(folder)
-    durable.replace(there, wanted.encode())
-    return folder
 
 
 def _as_it_is(job: Job) -> dict[str, object]:
