@@ -9,7 +9,7 @@ from conftest import reviews, write_csv
 from test_training import small
 
 import trimtab
-from trimtab import calibration, training
+from trimtab import calibration, report, training
 from trimtab.classification import calibration_error, mean_loss, softmax
 from trimtab.errors import ArtefactError, RecipeError
 
@@ -57,6 +57,15 @@ def test_without_test_rows_no_half_is_judged_under_its_own_temperature() -> None
     assert found["reported_on"] == "halves"
     assert found["loss_after"] == pytest.approx(np.mean(expected), rel=1e-6)
     assert found["loss_after"] > mean_loss(logits / np.float32(found["temperature"]), labels)  # that saw every row
+
+
+def test_a_temperature_that_does_harm_is_told() -> None:
+    figures = {"temperature": 3.06, "fitted_rows": 16, "reported_on": "halves", "loss_before": 0.9, "ece_before": 0.2}
+    (better,) = report.calibration_lines({"calibration": figures | {"loss_after": 1.0, "ece_after": 0.1}})
+    (worse,) = report.calibration_lines({"calibration": figures | {"loss_after": 1.0, "ece_after": 0.3}})
+    assert better.startswith("scores at")
+    assert worse.startswith("! scores at temperature 3.06")
+    assert worse.endswith("they are worse for it; it was fitted on 16 rows")
 
 
 def test_halves_of_150_rows_have_a_temperature_too() -> None:

@@ -69,6 +69,8 @@ class _LiveLine:
 
 
 def _progress_text(event: Mapping[str, Any]) -> str:
+    if "doing" in event:
+        return f"  {event['doing']}"
     if "kept" in event:
         return f"  lower layers of {event['kept']:,} of {event['rows']:,} rows"
     if "evaluated" in event:

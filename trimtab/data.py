@@ -324,7 +324,8 @@ def find_columns(table: Table, text: str, label: str) -> tuple[str, str]:
             "data.missing_column",
             f"No {missing} column was recognised. Columns: {some(table.columns, 20)}.",
             where=str(table.path),
-            mend="name the columns: --text COLUMN --label COLUMN; the first line must be a header",
+            mend="name the columns: --text COLUMN --label COLUMN; the first line must be a header. Known by name: "
+            f"text {some(TEXT_COLUMNS, 4)}; label {some(LABEL_COLUMNS, 4)}",
         )
     return text_column, label_column
 

@@ -108,7 +108,7 @@ def warnings(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
             lines.append(f"{one['duplicate_rows']:,} {where} repeat an earlier one (letters and digits are the same)")
         if one["conflicting_texts"]:
             places = " and ".join(f'line {at["line"]} ("{at["label"]}")' for at in one["first_conflict"])
-            lines.append(f"{one['conflicting_texts']:,} texts {where} have several labels, the first at {places}")
+            lines.append(f"texts {where} with several labels: {one['conflicting_texts']:,}, the first at {places}")
         if one.get("overlap_rows"):
             rest = "and none is left for a fair score"
             if role != ("test" if "test" in found else "eval"):

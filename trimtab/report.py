@@ -76,7 +76,7 @@ def calibration_lines(scores: Mapping[str, Any]) -> list[str]:
         f"scores at temperature {found['temperature']:.2f}: calibration error {found['ece_before']:.3f} -> "
         f"{found['ece_after']:.3f}, loss {found['loss_before']:.3f} -> {found['loss_after']:.3f} ({where})"
     )
-    if found["loss_after"] > found["loss_before"]:
+    if found["loss_after"] > found["loss_before"] and found["ece_after"] > found["ece_before"]:
         return [f"! {line}: they are worse for it; it was fitted on {found['fitted_rows']:,} rows"]
     return [line]
 

@@ -401,8 +401,11 @@ def _run(
     load_seconds = time.monotonic() - started - search_seconds - ready.trunk_seconds
     _tell_start(run, ready, found, warnings, tell)
     taught = _teach(run, ready, tell, observe)
+    if job.test:
+        observe({"event": "progress", "doing": "scoring the test rows"})
     scored, logits, scores = _score(ready, taught.eval_logits)
     compared = time.monotonic()
+    observe({"event": "progress", "doing": "asking what is simpler: counted words, the untrained base"})
     scores |= _baselines(ready, taught, scored, logits, tell)
     baseline_seconds = time.monotonic() - compared
     scores |= {
@@ -416,6 +419,7 @@ def _run(
         **{f"{key}_parameters": ready.parameters[key] for key in ("base", "total", "lora", "head", "trainable")},
     }
     _save(run, ready, scored, logits, scores)
+    observe({"event": "progress", "doing": "loading the saved adapter in a fresh process, to compare its answers"})
     verification = _verify_in_fresh_process(run)
     told = runreport.first_start(run).get("estimate") or {}  # a run that was resumed keeps what its first process told
     result = scores | {

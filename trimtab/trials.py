@@ -128,7 +128,7 @@ def _carry_out_all(folder: Path, layered: Layered, plan: Plan, tell: Callable[[s
     trainings = sum(plan.rates + _seeds(method, plan) - 1 for method in plan.methods)
     tell(
         f"plan    {some(plan.methods)}: each at {plan.rates} rates with seed {first}, then with {plan.seeds} seeds at "
-        f"its best rate, {trainings} trainings in all"
+        f"its best rate{' (head has no seed)' if 'head' in plan.methods else ''}, {trainings} trainings in all"
     )
     tell(f"        in {folder}; the same command with --out {folder} goes on where this one stops")
     done: dict[str, list[Trial]] = {}

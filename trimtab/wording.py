@@ -162,7 +162,7 @@ _EN = {
     "warnings": "Told before training",
     # Cost.
     "cost": "Cost",
-    "parameters": "parameters",
+    "parameters": "Parameters",
     "base_parameters": "full fine-tuning would train",
     "lora_parameters": "LoRA alone",
     "head_parameters": "head, trained in full",

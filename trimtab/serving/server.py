@@ -108,9 +108,10 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             if options.watch_s:
                 watch.start(options.watch_s)
         totals = store.totals()
+        others = ", the others when asked for" if totals["resident"] < totals["registered"] else ""
         say(
             f"adapters  {some(store.names()) or 'none yet'} ({totals['resident']:,} of {totals['registered']:,} in "
-            f"memory, the others when asked for; {budget / 1e9:.1f} GB for them)"
+            f"memory{others}; {budget / 1e9:.1f} GB for them)"
         )
         service, state = Service(store, Engine(served, options.queue, workers=placement.threads)), State()
         port = listening.getsockname()[1]
