@@ -4,6 +4,7 @@ The batch is a usual one of the run's own plan, on its own model: shapes, dropou
 machine busy are in the figure, and no table of machines has to be right. A few seconds buy it.
 """
 
+import importlib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -156,6 +157,8 @@ def measure(job: Job, model: Any, engine: Engine, trunk: Trunk) -> Speed:
         if trunk.depth and engine.encoder is not None:
             list(compute(engine.encoder, usual, trunk.depth))
 
+    if job.recipe.train.baselines or job.recipe.train.head_start != "random":
+        importlib.import_module("sklearn.linear_model")  # 105 MB that the run will have
     of_first, of_several, of_usual = over(first), over(several), over(usual)
     step(of_first, first)
     resident = int(process.memory_info().rss)
@@ -226,9 +229,12 @@ def estimate(job: Job, model: Any, engine: Engine, trunk: Trunk, ahead: Ahead, s
 
     settings = job.recipe.train
     plan, lengths, eval_lengths = job.batches(0), job.train.encoded.lengths, job.eval.encoded.lengths
+    passed = [eval_lengths, job.test.encoded.lengths if job.test else eval_lengths]
+    if settings.baselines or len(ahead.probed):
+        passed.append(lengths)
     grown = max(
         speed.train_bytes * largest(lengths, plan),
-        speed.eval_bytes * largest(eval_lengths, batching.evaluation_plan(eval_lengths)),
+        speed.eval_bytes * max(largest(some, batching.evaluation_plan(some)) for some in passed),
     )
     needed = speed.resident_bytes + int(grown)
     return Estimate(
