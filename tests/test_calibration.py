@@ -49,9 +49,11 @@ def test_test_rows_are_judged_under_the_temperature_of_the_evaluation_rows() -> 
 def test_without_test_rows_no_half_is_judged_under_its_own_temperature() -> None:
     logits, labels = overconfident(400, 3.0)
     found = calibration.judge(logits, labels, None)
-    first, second = np.array_split(np.random.default_rng(calibration._SEED).permutation(400), 2)
+    rng = np.random.default_rng(calibration._SEED)
+    draws = [np.array_split(rng.permutation(400), 2) for _ in range(calibration._DRAWS)]
     expected = [
         mean_loss(logits[half] / np.float32(calibration.fit_temperature(logits[other], labels[other])), labels[half])
+        for first, second in draws
         for half, other in ((first, second), (second, first))
     ]
     assert found["reported_on"] == "halves"

@@ -4,6 +4,7 @@ Fine-tuned classifiers are too sure of themselves; dividing logits by one number
 (Guo et al. 2017, arXiv 1706.04599).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from trimtab.classification import calibration_error, mean_loss
 # without a belief, 5 rows were too few for that; with 0.5, runs that needed 6 were not mended by 40 rows.
 _SPREAD = 1.0
 _HIGHEST = 20.0  # the search's, and its inverse the lowest
+_DRAWS = (
+    10  # of halves: after single ones of the demo's 500 rows the loss was 0.419 to 0.448, where 0.418 is that before
+)
 _SEED = 1  # not 0, which draws the rows that a head starts from: of as many rows, they would be the same ones
 
 
@@ -45,28 +49,33 @@ def judge(
     """A temperature fitted on the evaluation rows, and what it does to rows that it was not fitted on.
 
     Those are the test rows where there are any; else each half of the evaluation rows, under the temperature of the
-    other half.
+    other half, and the mean over ten draws of the halves.
 
     Returns:
         temperature, fitted_rows, reported_on (`test` or `halves`), loss_before, loss_after, ece_before, ece_after.
     """
     temperature = fit_temperature(eval_logits, eval_labels)
-    if test:
-        logits, labels = test
-        cooled = logits / np.float32(temperature)
-    else:
-        logits, labels = eval_logits, eval_labels
-        order = np.random.default_rng(_SEED).permutation(len(labels))
-        first, second = np.array_split(order, 2)
-        cooled = logits.copy()
-        for half, other in ((first, second), (second, first)):
-            cooled[half] /= np.float32(fit_temperature(logits[other], labels[other]))
+    logits, labels = test or (eval_logits, eval_labels)
+    cooled = [logits / np.float32(temperature)] if test else list(_by_other_halves(logits, labels))
     return {
         "temperature": temperature,
         "fitted_rows": len(eval_labels),
         "reported_on": "test" if test else "halves",
         "loss_before": mean_loss(logits, labels),
-        "loss_after": mean_loss(cooled, labels),
+        "loss_after": float(np.mean([mean_loss(one, labels) for one in cooled])),
         "ece_before": calibration_error(logits, labels),
-        "ece_after": calibration_error(cooled, labels),
+        "ece_after": float(np.mean([calibration_error(one, labels) for one in cooled])),
     }
+
+
+def _by_other_halves(
+    logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Logits, each half under the temperature of the other one, for every draw of the halves."""
+    rng = np.random.default_rng(_SEED)
+    for _ in range(_DRAWS):
+        first, second = np.array_split(rng.permutation(len(labels)), 2)
+        cooled = logits.copy()
+        for half, other in ((first, second), (second, first)):
+            cooled[half] /= np.float32(fit_temperature(logits[other], labels[other]))
+        yield cooled

@@ -131,8 +131,8 @@ _EN = {
     "100 cases. The strip below has the number of rows.",
     "calibration_fitted": "A temperature of {temperature}, fitted on {rows} rows, changes the expected calibration "
     "error from {before} to {after}.",
-    "calibration_halves": "Both errors were measured on the half that did not fit the temperature, in turn; the "
-    "diagram shows all rows.",
+    "calibration_halves": "Both errors were measured on the half that did not fit the temperature, in turn, over ten "
+    "draws of the halves; the diagram shows all rows.",
     "calibration_error": "The expected calibration error is {error}.",
     "before": "as trained",
     "after": "with temperature {temperature}",
@@ -311,7 +311,7 @@ _ZH = {
     "calibration_note": "按置信度把回答分成 15 格：柱子够到对角线，就是说有 80 % 把握的回答，"
     "100 次里对 80 次。下方的窄条是行数。",
     "calibration_fitted": "温度 {temperature}（在 {rows} 行上拟合）使期望校准误差从 {before} 变为 {after}。",
-    "calibration_halves": "两个误差都是在没有参与拟合的那一半上轮流测得的；图中是全部的行。",
+    "calibration_halves": "两个误差都是在没有参与拟合的那一半上轮流测得的（对半抽取十次取平均）；图中是全部的行。",
     "calibration_error": "期望校准误差为 {error}。",
     "before": "训练所得",
     "after": "温度 {temperature}",
