@@ -234,7 +234,7 @@ def estimate(job: Job, model: Any, engine: Engine, trunk: Trunk, ahead: Ahead, s
         passed.append(lengths)
     grown = max(
         speed.train_bytes * largest(lengths, plan),
-        speed.eval_bytes * max(largest(some, batching.evaluation_plan(some)) for some in passed),
+        speed.eval_bytes * max(largest(one, batching.evaluation_plan(one)) for one in passed),
     )
     needed = speed.resident_bytes + int(grown)
     return Estimate(

@@ -405,7 +405,8 @@ def _run(
         observe({"event": "progress", "doing": "scoring the test rows"})
     scored, logits, scores = _score(ready, taught.eval_logits)
     compared = time.monotonic()
-    observe({"event": "progress", "doing": "asking what is simpler: counted words, the untrained base"})
+    if job.recipe.train.baselines:
+        observe({"event": "progress", "doing": "asking what is simpler: counted words, the untrained base"})
     scores |= _baselines(ready, taught, scored, logits, tell)
     baseline_seconds = time.monotonic() - compared
     scores |= {
