@@ -605,7 +605,7 @@ def _baselines(
 
 
 def _save(run: RunDir, ready: Ready, scored: Part, logits: npt.NDArray[np.float32], scores: Mapping[str, Any]) -> None:
-    """Writes predictions and adapter, its card among it."""
+    """Writes the predictions, and the adapter with its card."""
     job = ready.job
     temperature = scores["calibration"]["temperature"]
     card = runreport.card(job, scores, scored.examples, logits, _environment(ready))
