@@ -9,7 +9,7 @@ from pathlib import Path
 
 import peft
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 import trimtab
 from trimtab.config import RuntimeSettings
@@ -32,6 +32,7 @@ def cut(ids: list[int], max_length: int, keep: str) -> list[int]:
 
 
 def main(run: str) -> None:
+    logging.set_verbosity_error()  # of a head that is not trained, which the adapter brings, and of texts cut below
     adapter = locate(run) / "adapter"
     about = json.loads((adapter / "trimtab.json").read_text("utf-8"))
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
