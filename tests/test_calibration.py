@@ -65,7 +65,9 @@ def test_a_temperature_that_does_harm_is_told() -> None:
     figures = {"temperature": 3.06, "fitted_rows": 16, "reported_on": "halves", "loss_before": 0.9, "ece_before": 0.2}
     (better,) = report.calibration_lines({"calibration": figures | {"loss_after": 1.0, "ece_after": 0.1}})
     (worse,) = report.calibration_lines({"calibration": figures | {"loss_after": 1.0, "ece_after": 0.3}})
+    (hardly,) = report.calibration_lines({"calibration": figures | {"loss_after": 0.91, "ece_after": 0.3}})
     assert better.startswith("scores at")
+    assert hardly.startswith("scores at")
     assert worse.startswith("! scores at temperature 3.06")
     assert worse.endswith("they are worse for it; it was fitted on 16 rows")
 
